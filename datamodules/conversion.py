@@ -17,7 +17,7 @@ import numpy as np
 from datamodules.examples import ExampleTable, whole_grade
 from datamodules.readers.collecting import add_id, stream_collection
 from datamodules.records import Collection, Document, Sink, UserError, check_name
-from datamodules.store import FIELDS, ROWS, StoredCollection, StoredDocuments, make_once
+from datamodules.store import BATCH_ROWS, FIELDS, StoredCollection, StoredDocuments, make_once
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def stored(reader: FileReader, cache: Path) -> StoredCollection:
     """
     description = describe(reader)
     key = hashlib.blake2b(digest_size=10)
-    key.update(repr((VERSION, ROWS, description)).encode())
+    key.update(repr((VERSION, BATCH_ROWS, description)).encode())
     for source in reader.sources():
         status = source.stat()
         key.update(repr((str(source.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
@@ -269,7 +269,7 @@ class _ArrowFile:
         self._count += 1
         for column, value in zip(self._columns, (document.id, document.title, document.text), strict=True):
             column.append(value)
-        if len(self._columns[0]) == ROWS:
+        if len(self._columns[0]) == BATCH_ROWS:
             self._flush()
             now = time.monotonic()
             if now - self._logged > LOG_INTERVAL:

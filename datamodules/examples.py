@@ -279,7 +279,7 @@ class JoinedExamples(Joined[Example]):
         return np.unique(np.concatenate([np.unique(table.documents) + offset for table, offset in self.parts]))
 
 
-def query_rows(
+def rows_of_queries(
     numbers: np.ndarray, num_documents: int, same_id: np.ndarray, same_text: np.ndarray, queries_are_documents: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return two rows for each query, (n,) int32 each: that of its text, and that of its document, -1 if it has none.
@@ -310,7 +310,7 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
     same_id = np.array([first[corpus[id]] if id in corpus else -1 for id in queries], dtype=np.int32)
     same_text = np.array([collection.corpus.get(id) == query for id, query in collection.queries.items()], bool)
     numbers = np.arange(len(queries))
-    rows, document_of_query = query_rows(numbers, len(corpus), same_id, same_text, queries_are_documents)
+    rows, document_of_query = rows_of_queries(numbers, len(corpus), same_id, same_text, queries_are_documents)
     judgements = []
     for query, grades in collection.qrels.get("train", {}).items():
         for document, grade in grades.items():

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from datamodules.records import UserError
+from datamodules.records import UserError, short
 
 PARTIAL = ".partial"  # ends the name of a temporary folder
 
@@ -200,12 +200,8 @@ def read_json(path: Path, expected: type | Mapping[str, type] = dict, hint: str 
 def _type_problem(content: Any, expected: type | Mapping[str, type]) -> str | None:
     kind: Any = expected if isinstance(expected, type) else dict
     if not isinstance(content, kind):
-        return f"expected {JSON_TYPES[kind]}, got {_shown(content)}"
+        return f"expected {JSON_TYPES[kind]}, got {short(content)}"
     for key, kind in {} if isinstance(expected, type) else expected.items():
         if not isinstance(value := content.get(key), kind):
-            return f"expected {JSON_TYPES[kind]} as {key}, got {_shown(value)}"
+            return f"expected {JSON_TYPES[kind]} as {key}, got {short(value)}"
     return None
-
-
-def _shown(content: Any) -> str:
-    return repr(content) if len(repr(content)) <= 60 else f"{repr(content)[:57]}..."

@@ -21,14 +21,15 @@ from datamodules.records import Document
 
 WAYS = ("id", "title", "text")
 RUN = 3  # words in a shingle
-BANDS, ROWS = 20, 5  # probability that texts share a band of 5 hashes: 0.97 at similarity 0.7, 0.05 at similarity 0.3
+# Probability that texts share a band of 5 hashes: 0.97 at similarity 0.7, 0.05 at similarity 0.3.
+BANDS, BAND_SIZE = 20, 5
 THRESHOLD = 0.7  # similarity from which two texts count as the same
 MIN_WORDS = 8  # shorter texts have too few shingles
 MIN_TITLE = 3  # words; shorter titles, such as "Introduction", are not specific enough
 
 _rng = np.random.default_rng(20)
-_FACTORS = _rng.integers(1, 2**61, BANDS * ROWS, dtype=np.uint64) | np.uint64(1)
-_SUMMANDS = _rng.integers(0, 2**61, BANDS * ROWS, dtype=np.uint64)
+_FACTORS = _rng.integers(1, 2**61, BANDS * BAND_SIZE, dtype=np.uint64) | np.uint64(1)
+_SUMMANDS = _rng.integers(0, 2**61, BANDS * BAND_SIZE, dtype=np.uint64)
 
 
 class Overlap(NamedTuple):
@@ -72,7 +73,7 @@ def shingles(document: Document) -> np.ndarray:
 def signature(runs: np.ndarray) -> list[bytes]:
     """Return the bands of a MinHash signature. Similar texts most likely have a band in common."""
     hashed = (runs[:, None] * _FACTORS + _SUMMANDS) >> np.uint64(20)
-    bands = hashed.min(axis=0).reshape(BANDS, ROWS)
+    bands = hashed.min(axis=0).reshape(BANDS, BAND_SIZE)
     return [bytes([i]) + band.tobytes() for i, band in enumerate(bands)]
 
 

@@ -24,7 +24,7 @@ class Tokens:
     input_ids    (T,) int64
     offsets      (b + 1,) int32, where each text starts, and T
     lengths      number of tokens of each text
-    keys         hash of each text (see text_key)
+    keys         hash of each text (see token_hash)
 
     The host knows lengths and keys, so that no computation waits for the device.
     """
@@ -40,14 +40,14 @@ class Tokens:
         arrays = [np.asarray(ids, dtype=np.int64) for ids in texts]
         lengths = tuple(len(ids) for ids in arrays)
         ids = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
-        return cls(torch.from_numpy(ids), offsets_of(lengths), lengths, tuple(map(text_key, arrays)))
+        return cls(torch.from_numpy(ids), offsets_of(lengths), lengths, tuple(map(token_hash, arrays)))
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> Tokens:
         """Return the token ids of padded texts. input_ids, attention_mask: (b, S), as tokenizers return them."""
         lengths = tuple(attention_mask.sum(1).tolist())
         ids = input_ids[attention_mask.bool()]
-        keys = tuple(map(text_key, np.split(ids.cpu().numpy(), np.cumsum(lengths)[:-1])))
+        keys = tuple(map(token_hash, np.split(ids.cpu().numpy(), np.cumsum(lengths)[:-1])))
         return cls(ids, offsets_of(lengths).to(ids.device), lengths, keys)
 
     def __len__(self) -> int:
@@ -108,7 +108,7 @@ def offsets_of(lengths: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.cumsum((0, *lengths), dtype=np.int32))
 
 
-def text_key(ids: np.ndarray) -> int:
+def token_hash(ids: np.ndarray) -> int:
     """Return a hash of a text's token ids: equal, on every rank and machine, for texts with the same tokens."""
     digest = hashlib.blake2b(np.asarray(ids, dtype="<u4").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # 63 bits, because negative numbers are padding

@@ -49,6 +49,15 @@ def reason(error: Exception) -> str:
     return (text or type(error).__name__).splitlines()[0]
 
 
+LONGEST_VALUE = 60  # characters
+
+
+def short(value: object) -> str:
+    """Return a value as shown in errors, with at most LONGEST_VALUE characters."""
+    text = repr(value[: LONGEST_VALUE + 1] if isinstance(value, str) else value)
+    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
+
+
 LONGEST_NAME = 120  # bytes; a file's name has two names and an ending, and most file systems allow 255 bytes
 # A hidden file, a path, a space at an end, and the devices of Windows.
 NO_NAME = re.compile(r"^\.|[/\\]|^\s|\s$|^$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)

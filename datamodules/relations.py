@@ -20,7 +20,7 @@ from datamodules.examples import ragged
 from datamodules.leakage import normal
 from datamodules.readers.io import read_lines
 from datamodules.readers.rows import BadLines
-from datamodules.records import Document, Ragged, UserError
+from datamodules.records import Document, Ragged, UserError, short
 from datamodules.tasks import ClassificationDataModule, TaskDataModule
 
 log = logging.getLogger(__name__)
@@ -203,12 +203,12 @@ def read_relation(path: Path, first: LabelSpace, second: LabelSpace) -> np.ndarr
             with line:
                 columns = [column.strip() for column in line.text.split("\t")]
                 if len(columns) != 3:
-                    raise UserError(f"expected two labels and a weight, separated by tabs, got {line.text[:60]!r}")
+                    raise UserError(f"expected two labels and a weight, separated by tabs, got {short(line.text)}")
                 weight = _number(columns[2])
                 if index == 0 and weight is None and not _are_labels(columns, spaces):
                     continue  # the header
                 if weight is None or not 0 <= weight <= 1:
-                    raise UserError(f"expected a weight from 0 to 1, got {columns[2][:60]!r}")
+                    raise UserError(f"expected a weight from 0 to 1, got {short(columns[2])}")
                 row, column = (_position(label, *space) for label, space in zip(columns, spaces, strict=False))
                 if not np.isnan(weights[row, column]):
                     raise UserError(f"the pair {columns[0]!r} and {columns[1]!r} is in the file twice")

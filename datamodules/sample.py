@@ -48,7 +48,7 @@ DEFINITION = "a topic that deals with {}"
 
 
 @dataclass(frozen=True, slots=True)
-class Paper:
+class _Paper:
     document: Document
     year: int
     subfield: int
@@ -69,7 +69,7 @@ class SearchQuery:
 class Science:
     """The generated papers, labels, citations, queries and captions. The collections are made from them."""
 
-    papers: tuple[Paper, ...]
+    papers: tuple[_Paper, ...]
     labels: dict[str, Document]
     citations: dict[str, tuple[str, ...]]
     queries: dict[str, SearchQuery]
@@ -116,7 +116,7 @@ class Lexicon:
         return self.rng.choice(self.terms[facet, value][4:])
 
 
-def split_of(key: str, seed: int) -> str:
+def _split(key: str, seed: int) -> str:
     """Return "train" (80 %), "dev" (10 %) or "test" (10 %), as a function of the key and the seed."""
     draw = random.Random(f"{seed}/{key}").random()
     return "train" if draw < 0.8 else "dev" if draw < 0.9 else "test"
@@ -147,7 +147,7 @@ def science(seed: int, num_papers: int) -> Science:
         facets = {"subfield": subfield, "aspect": aspect, "method": method, "material": material}
         document = _paper(f"paper{number:05d}", lexicon, facets, second, year)
         labelled = _label_ids(subfield, aspect) | _label_ids(subfield, second)
-        papers.append(Paper(document, year, **facets, labels=tuple(sorted(labelled))))
+        papers.append(_Paper(document, year, **facets, labels=tuple(sorted(labelled))))
     citations, queries = _citations(papers, rng), _queries(papers, lexicon)
     return Science(tuple(papers), labels, citations, queries, _captions(papers, lexicon))
 
@@ -189,9 +189,9 @@ def _paper(paper: str, lexicon: Lexicon, facets: dict[str, int], second_aspect: 
     return Document(paper, rng.choice(TITLES).format(**words), ". ".join(sentences) + ".")
 
 
-def _citations(papers: list[Paper], rng: random.Random) -> dict[str, tuple[str, ...]]:
+def _citations(papers: list[_Paper], rng: random.Random) -> dict[str, tuple[str, ...]]:
     """Draw the citations: mostly the five latest earlier papers with the same subfield and method, sometimes others."""
-    by_subfield: dict[int, list[Paper]] = defaultdict(list)
+    by_subfield: dict[int, list[_Paper]] = defaultdict(list)
     cited: dict[str, tuple[str, ...]] = {}
     for paper in sorted(papers, key=lambda p: (p.year, p.document.id)):
         earlier = [p for p in by_subfield[paper.subfield] if p.year < paper.year]
@@ -205,7 +205,7 @@ def _citations(papers: list[Paper], rng: random.Random) -> dict[str, tuple[str, 
     return cited
 
 
-def _queries(papers: list[Paper], lexicon: Lexicon) -> dict[str, SearchQuery]:
+def _queries(papers: list[_Paper], lexicon: Lexicon) -> dict[str, SearchQuery]:
     """Make three queries for each pair of material and aspect that a paper studies."""
     queries = {}
     for material, aspect in sorted({(p.material, p.aspect) for p in papers}):
@@ -217,7 +217,7 @@ def _queries(papers: list[Paper], lexicon: Lexicon) -> dict[str, SearchQuery]:
     return queries
 
 
-def _captions(papers: list[Paper], lexicon: Lexicon) -> dict[str, Document]:
+def _captions(papers: list[_Paper], lexicon: Lexicon) -> dict[str, Document]:
     """Make the captions of two figures of each paper, in the words of its year."""
     captions = {}
     for paper in papers:
@@ -256,7 +256,7 @@ class SampleReader:
         qrels: dict[str, dict[str, dict[str, int]]] = {"train": {}, "dev": {}, "test": {}}
         for query, grades in judged.items():
             # All three queries of a material and an aspect, and all captions of a paper, are in one split.
-            split = split_of(query.rsplit(".", 1)[0], self.seed)
+            split = _split(query.rsplit(".", 1)[0], self.seed)
             qrels[split][query] = grades if split == "train" else {d: g for d, g in grades.items() if g > 0}
         return Collection(corpus, queries, qrels)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.examples import ExampleTable, query_rows
+from datamodules.examples import ExampleTable, rows_of_queries
 from datamodules.files import atomic_folder, load_array, read_json, write_json
 from datamodules.locks import lock_file
 from datamodules.records import Document, Qrels, UserError, explained
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 SEAL = "files.json"  # size and checksum of each file of a folder of the cache
 CHECKED = 1 << 28  # bytes of the largest file whose checksum is verified at every start
-ROWS = 1 << 15  # documents in one Arrow batch
+BATCH_ROWS = 1 << 15  # documents in one Arrow batch
 FIELDS = ("id", "title", "text")
 
 
@@ -64,11 +64,11 @@ class StoredDocuments(Mapping[str, Document]):
         return self._batches
 
     def __len__(self) -> int:
-        return ROWS * (len(self.batches) - 1) + len(self.batches[-1][0]) if self.batches else 0
+        return BATCH_ROWS * (len(self.batches) - 1) + len(self.batches[-1][0]) if self.batches else 0
 
     def row(self, index: int) -> Document:
-        columns = self.batches[index // ROWS]
-        return Document(*(column[index % ROWS].as_py() for column in columns))
+        columns = self.batches[index // BATCH_ROWS]
+        return Document(*(column[index % BATCH_ROWS].as_py() for column in columns))
 
     @property
     def rows(self) -> Rows:
@@ -88,7 +88,7 @@ class StoredDocuments(Mapping[str, Document]):
 
     def ids(self, rows: Sequence[int]) -> list[str]:
         """Return the ids of some rows, without reading their texts."""
-        return [self.batches[row // ROWS][0][row % ROWS].as_py() for row in rows]
+        return [self.batches[row // BATCH_ROWS][0][row % BATCH_ROWS].as_py() for row in rows]
 
 
 class Rows(Sequence[Document]):
@@ -158,7 +158,7 @@ class StoredCollection:
         else:
             starts, documents, grades = np.zeros(1, dtype=np.int64), numbers, numbers
         same_id, same_text = self.array("own"), self.array("same")
-        rows, document_of_query = query_rows(numbers, len(self.corpus), same_id, same_text, queries_are_documents)
+        rows, document_of_query = rows_of_queries(numbers, len(self.corpus), same_id, same_text, queries_are_documents)
         table = ExampleTable(rows, document_of_query, starts, documents, grades)
         return [self.corpus.rows, self.queries.rows], table.without_self_links() if queries_are_documents else table
 

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from datamodules.records import Document
+from datamodules.records import Document, short
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +87,7 @@ def _as_document(where: str, item: Any) -> Document:
 
 
 def _describe(value: Any) -> str:
-    shown = repr(value)
-    return f"{type(value).__name__} {shown if len(shown) <= 60 else shown[:57] + '...'}"
+    return f"{type(value).__name__} {short(value)}"
 
 
 def input_text(document: Document, separator: str) -> str:

@@ -17,7 +17,7 @@ from datamodules.options import option
 from datamodules.papers.columns import COLUMNS, parse_columns
 from datamodules.papers.formats import FORMATS, files_of, format_of, read_papers
 from datamodules.papers.library import EmptyLibrary, Library, library_in
-from datamodules.papers.paper_record import KINDS, Paper
+from datamodules.papers.paper_record import LABEL_KINDS, Paper
 from datamodules.papers.splits import Splits
 from datamodules.papers.views import VIEW_OF_KIND, VIEWS, EmptyView, ViewOptions
 from datamodules.readers.beir import BeirWriter
@@ -49,7 +49,9 @@ class ImportOptions:
         "percentages of train, dev and test; or the last year of training (2015), or of training and dev (2015/2018); "
         "or given, for files with a column split",
     )
-    labels: tuple[Literal[*KINDS], ...] = option((), "kinds of labels; by default the first kind that the papers have")
+    labels: tuple[Literal[*LABEL_KINDS], ...] = option(
+        (), "kinds of labels; by default the first kind that the papers have"
+    )
     min_papers: int = option(5, "minimum number of papers of a label", minimum=1)
     definitions: str = option("", "file with definitions of labels: MeSH's desc2026.xml, JSON lines, or id <tab> name")
     search: str = option("title", "queries: title (finds its abstract), keywords (find their paper), or a file")

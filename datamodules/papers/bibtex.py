@@ -12,7 +12,7 @@ from typing import Any
 from datamodules.papers.paper_record import Paper, doi_name, labels_of, missing_package, split_list, year_of
 from datamodules.readers.io import open_text, read_chunk
 from datamodules.readers.rows import BadLines, Record, Row
-from datamodules.records import UserError, prefixed
+from datamodules.records import UserError, prefixed, short
 
 MAX_SIZE = 256 * 2**20  # characters; the parser holds the whole file in memory
 MAX_VALUE = 2**20  # characters after strings are replaced, which could double it again and again
@@ -144,4 +144,4 @@ def _without_latex(text: str) -> str:
     try:
         return _decoder().latex_to_text(escaped)
     except (pylatexenc.latexwalker.LatexWalkerError, RecursionError, ValueError, IndexError, TypeError) as error:
-        raise UserError(f"the LaTeX in {text[:60]!r} cannot be read ({str(error)[:60]})") from error
+        raise UserError(f"the LaTeX in {short(text)} cannot be read ({str(error)[:60]})") from error

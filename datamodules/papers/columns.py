@@ -22,10 +22,10 @@ from datamodules.papers.paper_record import (
     without_tags,
     year_of,
 )
-from datamodules.readers.checks import check_id
+from datamodules.readers.checks import SPLIT_NAMES, check_id
 from datamodules.readers.io import numbered_lines
 from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
-from datamodules.records import UserError, check_choice, explained
+from datamodules.records import UserError, check_choice, explained, short
 from datamodules.text import TEXT_KEYS
 
 log = logging.getLogger(__name__)
@@ -116,16 +116,16 @@ def _items(name: str, value: Any, separators: str) -> list[str]:
         return [str(value)]
     items = [] if value is None else value
     if not isinstance(items, list) or not all(isinstance(item, (str, int)) for item in items):
-        raise UserError(f"{name} must be a list, or a text with items separated by ;, got {str(value)[:60]!r}")
+        raise UserError(f"{name} must be a list, or a text with items separated by ;, got {short(value)}")
     return [clean(str(item), name) for item in items if str(item).strip()]
 
 
 def check_split(value: Any) -> str:
     """Return "train", "dev" or "test". Raises UserError for another name of a split."""
-    names = {"train": "train", "dev": "dev", "val": "dev", "valid": "dev", "validation": "dev", "test": "test"}
-    if str(value).strip().lower() not in names:
-        raise UserError(f"split: expected one of {', '.join(names)}, got {str(value)[:60]!r}")
-    return names[str(value).strip().lower()]
+    name = str(value).strip().lower()
+    if name not in SPLIT_NAMES:
+        raise UserError(f"split: expected one of {', '.join(SPLIT_NAMES)}, got {short(value)}")
+    return SPLIT_NAMES[name]
 
 
 # --- rows of files ---

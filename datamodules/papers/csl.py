@@ -17,7 +17,7 @@ from datamodules.papers.paper_record import (
 )
 from datamodules.readers.checks import check_text
 from datamodules.readers.rows import Record
-from datamodules.records import UserError
+from datamodules.records import UserError, short
 
 NOT_PAPERS = ("attachment", "note", "annotation")  # item types of Zotero
 
@@ -89,7 +89,7 @@ def _strings(record: Record, key: str) -> list[str]:
     value = record.get(key)
     values = [value] if isinstance(value, str) else record.array(key)
     if not all(isinstance(each, str) for each in values):
-        raise UserError(f"{key} must be a list of strings, got {str(values)[:60]!r}")
+        raise UserError(f"{key} must be a list of strings, got {short(values)}")
     return [check_text(each, key) for each in values if each.strip()]
 
 

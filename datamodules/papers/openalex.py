@@ -16,7 +16,7 @@ from datamodules.papers.paper_record import (
     year_of,
 )
 from datamodules.readers.rows import Record
-from datamodules.records import UserError
+from datamodules.records import UserError, short
 
 PREFIX = "https://openalex.org/"
 
@@ -57,10 +57,10 @@ def _abstract(index: Any) -> str:
     if index is None:
         return ""
     if not isinstance(index, dict):
-        raise UserError(f"abstract_inverted_index must be an object, got {str(index)[:60]!r}")
+        raise UserError(f"abstract_inverted_index must be an object, got {short(index)}")
     words = []
     for word, positions in index.items():
         if not isinstance(positions, list) or not all(type(position) is int for position in positions):
-            raise UserError(f"abstract_inverted_index: {word[:60]!r} must have a list of positions")
+            raise UserError(f"abstract_inverted_index: {short(word)} must have a list of positions")
         words += [(position, word) for position in positions]
     return " ".join(word for _, word in sorted(words))

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from datamodules.readers.checks import check_id, check_text, content_id
 from datamodules.readers.rows import Record
-from datamodules.records import UserError
+from datamodules.records import UserError, short
 
-KINDS = ("topics", "mesh", "fields", "keywords")  # kinds of labels, in order of preference
+LABEL_KINDS = ("topics", "mesh", "fields", "keywords")  # kinds of labels, in order of preference
 
 # White space and control characters.
 BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
@@ -35,7 +35,7 @@ class Paper:
     """A paper of a library or dump. Its authors are not read.
 
     year: year of publication, if known.
-    labels: labels by kind, one of KINDS.
+    labels: labels by kind, one of LABEL_KINDS.
     references: ids or other names of the papers that it cites.
     names: other names under which papers cite it, such as "doi:10.1234/x".
     split: split that its file gives it: "train", "dev", "test", or "" for none.
@@ -104,7 +104,7 @@ def labels_of(names: Iterable[Any], key: str) -> list[Label]:
     labels = []
     for name in names:
         if not isinstance(name, str):
-            raise UserError(f"{key} must be a list of strings, got {str(name)[:60]!r}")
+            raise UserError(f"{key} must be a list of strings, got {short(name)}")
         if name := clean(name, key):
             labels.append(Label(without_blanks(name.casefold()), name))
     return labels
@@ -125,7 +125,7 @@ def objects(record: Record, key: str) -> list[Record]:
     """Return the list of objects under a key. A missing key or null is an empty list."""
     values = record.array(key)
     if not all(isinstance(value, dict) for value in values):
-        raise UserError(f"{key} must be a list of objects, got {str(values)[:60]}")
+        raise UserError(f"{key} must be a list of objects, got {short(values)}")
     return [Record(value) for value in values]
 
 

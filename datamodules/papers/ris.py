@@ -10,7 +10,7 @@ from typing import Any
 from datamodules.papers.paper_record import Paper, doi_name, labels_of, missing_package, split_list, year_of
 from datamodules.readers.io import numbered_lines
 from datamodules.readers.rows import BadLines, Record, Row
-from datamodules.records import UserError, explained
+from datamodules.records import UserError, explained, short
 
 TAGGED = re.compile(r"[A-Z][A-Z0-9]  -")
 MAX_LINES = 100_000  # lines of one record
@@ -53,7 +53,7 @@ def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _parse(parser, lines: list[str]) -> dict[str, Any]:
     if not lines[0].startswith("TY  -"):
-        raise UserError(f"expected TY as the first field of a record, got {lines[0][:60]!r}")
+        raise UserError(f"expected TY as the first field of a record, got {short(lines[0])}")
     if not lines[-1].startswith("ER  -"):
         raise UserError("the record does not end with ER")
     with explained("cannot be read", KeyError, TypeError, ValueError):  # of lines that continue no field

@@ -9,7 +9,7 @@ from typing import Any
 
 from datamodules.papers.paper_record import Paper, doi_name, labels_of, objects, optional_id, year_of
 from datamodules.readers.rows import Record
-from datamodules.records import UserError
+from datamodules.records import UserError, short
 
 WRAPPERS = ("citedPaper", "citingPaper")  # entries of the endpoints "references" and "citations"
 KEYS = {"paperId", "corpusId", "corpusid", "citingcorpusid", *WRAPPERS}
@@ -31,7 +31,7 @@ def paper(record: Record) -> Paper | None:
         return None  # the API returns papers that it does not know as {"paperId": null, "title": ...}
     external: dict[str, Any] = next((record[key] for key in ("externalIds", "externalids") if record.get(key)), {})
     if not isinstance(external, dict):
-        raise UserError(f"externalIds must be an object, got {str(external)[:60]!r}")
+        raise UserError(f"externalIds must be an object, got {short(external)}")
     return Paper(
         id=id or corpus_id or record.id("paperId", "corpusid"),
         title=record.text("title"),

@@ -12,7 +12,7 @@ from typing import Any
 from datamodules.papers.columns import check_split, csv_rows
 from datamodules.papers.formats import json_rows
 from datamodules.papers.library import Library
-from datamodules.papers.paper_record import KINDS, Paper, clean, split_list
+from datamodules.papers.paper_record import LABEL_KINDS, Paper, clean, split_list
 from datamodules.readers.checks import SPLITS
 from datamodules.readers.io import suffix_of
 from datamodules.readers.json_files import as_object
@@ -32,7 +32,7 @@ class EmptyView(UserError):
 class ViewOptions:
     """What the collections are made from.
 
-    labels: kinds of labels, some of KINDS; by default the first kind with two labels that are frequent enough.
+    labels: kinds of labels, some of LABEL_KINDS; by default the first kind with two labels that are frequent enough.
     min_papers: minimum number of papers for each label.
     definitions: file with the definitions of labels, by id or name (see readers.labels.read_labels).
     search: "title": titles find abstracts. "keywords": the keywords of a paper find it. Otherwise a file of queries:
@@ -47,7 +47,7 @@ class ViewOptions:
     search: str = "title"
 
     def __post_init__(self) -> None:
-        check_choices("labels", self.labels, KINDS)
+        check_choices("labels", self.labels, LABEL_KINDS)
         if self.min_papers < 1:
             raise UserError(f"min_papers: expected a number of at least 1, got {self.min_papers}")
         if self.search not in SEARCHES and not Path(self.search).is_file():
@@ -150,7 +150,7 @@ class Labels(View):
         counts = dict(
             self.database.execute(f"SELECT kind, count(*) FROM ({frequent}) GROUP BY kind", [self.options.min_papers])
         )
-        return next(((kind,) for kind in KINDS if counts.get(kind, 0) >= 2), KINDS[:1])
+        return next(((kind,) for kind in LABEL_KINDS if counts.get(kind, 0) >= 2), LABEL_KINDS[:1])
 
     def _define(self) -> None:
         """Take definitions from a file, for labels with the same id or name."""

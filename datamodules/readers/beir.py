@@ -14,7 +14,7 @@ from datamodules.readers.collecting import Judgements, read_into_memory, stream_
 from datamodules.readers.io import check_folder, find_file, find_split_files, read_lines, warn_of_unread_files
 from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_choice, check_name
+from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_choice, check_name, short
 
 TAB_OR_BREAK = re.compile(r"[\t\n\r]")
 NUMBER = r"[+-]?[0-9.]+"
@@ -91,7 +91,7 @@ def read_qrels(judgements: Judgements) -> Qrels:
             continue
         with row:
             if len(columns) != 3:
-                raise UserError(f"expected query-id, corpus-id and score, separated by tabs, got {row.text[:60]!r}")
+                raise UserError(f"expected query-id, corpus-id and score, separated by tabs, got {short(row.text)}")
             query, document, score = (column.strip() for column in columns)
             judgements.add(query, document, check_grade(score))
     return judgements.finish()

@@ -6,7 +6,7 @@ import hashlib
 import re
 from typing import Any
 
-from datamodules.records import UserError
+from datamodules.records import UserError, short
 
 SPLITS = ("train", "dev", "test")
 # Names of splits in published data sets, in order of preference. A split "evaluation" is used as the test split.
@@ -87,9 +87,3 @@ def split_of(
     if percent < dev_percent:
         return "dev"
     return "test" if train_until is None and percent < dev_percent + test_percent else "train"
-
-
-def short(value: Any) -> str:
-    """Return a value as shown in errors, with at most 80 characters."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

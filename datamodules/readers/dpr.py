@@ -13,7 +13,7 @@ from datamodules.readers.collecting import add_repeated, check_collection
 from datamodules.readers.io import find_path
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Collection, Document, UserError, check_choice, check_choices, prefixed
+from datamodules.records import Collection, Document, UserError, check_choice, check_choices, prefixed, short
 from datamodules.text import text_key
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def _read_passages(record: Record, key: str) -> list[Document]:
     passages = []
     for number, passage in enumerate(record.array(key, required=key == POSITIVES), start=1):
         if not isinstance(passage, dict):
-            raise UserError(f"{key}: expected objects with title and text, got {str(passage)[:60]!r}")
+            raise UserError(f"{key}: expected objects with title and text, got {short(passage)}")
         with prefixed(f"{key}, passage {number}: "):
             passage = Record.of(record.row, passage)
             id = content_id(passage.text("title"), passage.text(text_key(passage)))

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 
 from datamodules.readers import io
 from datamodules.readers.rows import BadLines, Record, Row
-from datamodules.records import UserError, prefixed
+from datamodules.records import UserError, prefixed, short
 
 MAX_WHOLE = 2**28  # characters of a file that is read as a whole
 
@@ -127,7 +127,7 @@ def as_object(row: Row, expected: str = "") -> Record:
     """
     value = _parse(row.text) if row.entry is None else row.value
     if not isinstance(value, dict):
-        raise UserError(f"expected an object{expected}, got {row.text[:60]!r}")
+        raise UserError(f"expected an object{expected}, got {short(row.text)}")
     return Record.of(row, value)
 
 
@@ -216,7 +216,7 @@ class _JsonWindow:
     def _key(self, what: str) -> str:
         key, text, reason = self.next_value(f"the key of {what}")
         if reason or not isinstance(key, str):
-            raise UserError(f"{self.path}, line {self.line}: {what} has no key, got {text[:60]!r}")
+            raise UserError(f"{self.path}, line {self.line}: {what} has no key, got {short(text)}")
         self.expect(":", f"a colon after the key {text[:60]}")
         return key
 

@@ -10,7 +10,7 @@ from datamodules.readers.io import read_lines, suffix_of
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.xml_elements import read_elements
-from datamodules.records import Document, UserError, prefixed
+from datamodules.records import Document, UserError, prefixed, short
 
 
 def read_labels(path: Path, bad: BadLines) -> dict[str, Document]:
@@ -48,7 +48,7 @@ def _from_object(row: Row) -> Document:
 def _from_columns(row: Row) -> Document:
     columns = [column.strip() for column in row.text.split("\t")]
     if len(columns) < 2 or not columns[0] or not columns[1]:
-        raise UserError(f"expected a label and its name, separated by a tab, got {row.text[:60]!r}")
+        raise UserError(f"expected a label and its name, separated by a tab, got {short(row.text)}")
     return Document(columns[0], columns[1])
 
 

@@ -31,7 +31,7 @@ ATTEMPTS = 8  # number of draws per hard negative
 
 
 @dataclass(slots=True)
-class Paper:
+class _Paper:
     """A paper, and the fields from which its labels, links and hard negatives are made."""
 
     document: Document
@@ -140,7 +140,7 @@ class MapleReader:
         queries = {id: papers[id].document for split in qrels.values() for id in split}
         return check_collection(Collection(corpus, queries, qrels), self.folder)
 
-    def _judge(self, papers: dict[str, Paper], bad: BadLines) -> tuple[dict[str, Document], dict[str, list[str]]]:
+    def _judge(self, papers: dict[str, _Paper], bad: BadLines) -> tuple[dict[str, Document], dict[str, list[str]]]:
         """Return the corpus, and the relevant documents of each paper."""
         if self.view == "citations":
             relevant = {id: [r for r in p.references if r in papers and r != id] for id, p in papers.items()}
@@ -154,10 +154,10 @@ class MapleReader:
         corpus = read_labels(path, bad)
         return corpus, self._drop_unknown_labels(papers, corpus, path)
 
-    def _read_papers(self, bad: BadLines) -> dict[str, Paper]:
-        papers: dict[str, Paper] = {}
+    def _read_papers(self, bad: BadLines) -> dict[str, _Paper]:
+        papers: dict[str, _Paper] = {}
         for folder in self.folders:
-            new: dict[str, Paper] = {}
+            new: dict[str, _Paper] = {}
             kept: dict[str, list[tuple[int, str]]] = defaultdict(list)  # split -> heap; only for the view "fields"
             for row in read_records(self._papers_file(folder), bad):
                 with row:
@@ -170,13 +170,13 @@ class MapleReader:
                 first.labels = list(dict.fromkeys((*first.labels, *paper.labels)))
         return papers
 
-    def _read_paper(self, record: Record, folder: Path) -> Paper:
+    def _read_paper(self, record: Record, folder: Path) -> _Paper:
         title, body = (f"{key}_raw" if record.get(f"{key}_raw") else key for key in ("title", "abstract"))
         document = record.document("paper", title=title, body=body)
         labels = record.ids(self.label_key, required=self.view == "labels")
         authors = record.ids("author")
         references = record.ids("reference", required=self.view == "citations")
-        return Paper(
+        return _Paper(
             document,
             None if self.train_until is None else record.grade("year"),
             "" if record.get("venue") in (None, "") else record.id("venue"),
@@ -185,14 +185,14 @@ class MapleReader:
             [folder.name] if self.view == "fields" else [sys.intern(label) for label in labels],
         )
 
-    def _drop_surplus(self, papers: dict[str, Paper], heap: list[tuple[int, str]], id: str) -> None:
+    def _drop_surplus(self, papers: dict[str, _Paper], heap: list[tuple[int, str]], id: str) -> None:
         """Add a paper to the heap, and drop the paper with the highest hash if there are more than max_per_label."""
         heapq.heappush(heap, (-stable_hash(f"{self.seed}/{id}"), id))
         if len(heap) > self.max_per_label:
             del papers[heapq.heappop(heap)[1]]
 
     def _drop_unknown_labels(
-        self, papers: Mapping[str, Paper], corpus: Mapping[str, Document], path: Path
+        self, papers: Mapping[str, _Paper], corpus: Mapping[str, Document], path: Path
     ) -> dict[str, list[str]]:
         """Drop labels that are not in the corpus, and return the other labels of each paper."""
         relevant, num_labels, num_papers = {}, 0, 0
@@ -214,7 +214,7 @@ class MapleReader:
         has_test = self.train_until is not None or self.test_percent
         return ["train", *(["dev"] if self.dev_percent else []), *(["test"] if has_test else [])]
 
-    def _split(self, paper: Paper) -> str:
+    def _split(self, paper: _Paper) -> str:
         return split_of(paper.document.id, self.dev_percent, self.test_percent, paper.year, self.train_until)
 
     def _cap(self, train: Mapping[str, list[str]]) -> dict[str, list[str]]:
@@ -243,7 +243,7 @@ class _Neighbours:
 
     def __init__(
         self,
-        papers: Mapping[str, Paper],
+        papers: Mapping[str, _Paper],
         train: Mapping[str, Sequence[str]],
         is_labelled: bool,
         sources: Sequence[str],
@@ -275,7 +275,7 @@ class _Neighbours:
                 break
         return list(negatives)
 
-    def _related(self, paper: Paper, source: str, rng: random.Random) -> str | None:
+    def _related(self, paper: _Paper, source: str, rng: random.Random) -> str | None:
         """Return a training paper that shares an author, or the venue."""
         if source == "author" and paper.authors:
             return rng.choice(self.by_author[rng.choice(paper.authors)])

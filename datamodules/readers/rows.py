@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from datamodules.readers.checks import check_grade, check_id, check_text, short
+from datamodules.readers.checks import check_grade, check_id, check_text
 from datamodules.readers.gaps import Gaps
-from datamodules.records import Document, UserError, check_choice
+from datamodules.records import Document, UserError, check_choice, short
 from datamodules.text import text_key
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from datamodules.readers.io import find_file, find_path, find_split_files, read_
 from datamodules.readers.json_files import as_object, read_entries
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines
-from datamodules.records import Collection, Document, Qrels, UserError, check_choice, explained
+from datamodules.records import Collection, Document, Qrels, UserError, check_choice, explained, short
 
 CLASSIFICATION = ("mag", "mesh")
 LINKS = ("cite", "cocite", "coview", "coread")
@@ -110,7 +110,7 @@ class SciDocsReader:
                 columns = row.text.split()
                 if len(columns) != 4:
                     raise UserError(
-                        f"expected query, 0, document and grade, separated by spaces, got {row.text[:60]!r}"
+                        f"expected query, 0, document and grade, separated by spaces, got {short(row.text)}"
                     )
                 judgements.add(columns[0], columns[2], check_grade(columns[3], "grade"))
         return judgements.finish()
@@ -129,5 +129,5 @@ def _split_columns(line: str) -> tuple[str, str]:
     with explained("invalid CSV", csv.Error):
         columns = next(csv.reader([line]))
     if len(columns) != 2 or not all(column.strip() for column in columns):
-        raise UserError(f"expected a paper's id and its label, separated by a comma, got {line[:60]!r}")
+        raise UserError(f"expected a paper's id and its label, separated by a comma, got {short(line)}")
     return columns[0].strip(), columns[1].strip()

@@ -16,7 +16,7 @@ from datamodules.readers.json_files import as_object
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.tables import files_by_split, load_hub_splits, read_hub_table, read_tables
-from datamodules.records import Collection, Document, UserError, check_choice, prefixed
+from datamodules.records import Collection, Document, UserError, check_choice, prefixed, short
 from datamodules.text import TEXT_KEYS
 
 ID_KEYS = ("doc_id", "corpus_id", "paper_id")
@@ -213,5 +213,5 @@ def _candidates(record: Record) -> list[Record]:
             raise UserError("candidates: expected lists of equal length")
         candidates = [dict(zip(candidates, values, strict=True)) for values in zip(*columns, strict=True)]
     if not isinstance(candidates, list) or not all(isinstance(candidate, dict) for candidate in candidates):
-        raise UserError(f"candidates must be a list of objects, got {str(candidates)[:60]!r}")
+        raise UserError(f"candidates must be a list of objects, got {short(candidates)}")
     return [Record.of(record.row, candidate) for candidate in candidates]

@@ -19,7 +19,7 @@ from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines, Record
 from datamodules.readers.scirepeval import ID_KEYS, evaluation_files
 from datamodules.readers.tables import files_by_split, read_tables
-from datamodules.records import Collection, Document, UserError, check_choice
+from datamodules.records import Collection, Document, UserError, check_choice, short
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class SciRepEvalExamplesReader:
         if self.view == "labels":
             label = record.array("label", required=True)
             if len(label) < 2 or not all(value in (0, 1) for value in label):
-                raise UserError(f"label must be a list of 0 and 1, one for each label, got {str(label)[:60]}")
+                raise UserError(f"label must be a list of 0 and 1, one for each label, got {short(label)}")
             return tuple(map(int, label))
         if "label" not in record:
             raise record.missing("label")
@@ -115,7 +115,7 @@ class SciRepEvalExamplesReader:
         if self.view == "class":
             return check_id(int(label) if isinstance(label, float) and label.is_integer() else label, "label")
         if not isinstance(label, int | float) or isinstance(label, bool) or not abs(label) <= MAX_NUMBER:
-            raise UserError(f"label must be a number from -{MAX_NUMBER:g} to {MAX_NUMBER:g}, got {str(label)[:60]!r}")
+            raise UserError(f"label must be a number from -{MAX_NUMBER:g} to {MAX_NUMBER:g}, got {short(label)}")
         return label
 
     def _corpus_ids(self, labels: Sequence[Label]) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.packed import Tokens, text_key
+from datamodules.packed import Tokens, token_hash
 from datamodules.records import Document
 from datamodules.text import length_sorted_chunks
 from datamodules.tokens import Encoding, TokenTable, tokenise_ahead
@@ -206,7 +206,7 @@ def copied_to(device: torch.device, table: TokenTable, counts: Sequence[int], ha
     all_lengths = table.lengths()
     lengths = [all_lengths[end - count : end] for count, end in zip(counts, ends, strict=True)]
     offsets = [np.cumsum([0, *batch]) for batch in lengths]
-    keys = tuple(map(text_key, table)) if has_keys else (0,) * len(table)
+    keys = tuple(map(token_hash, table)) if has_keys else (0,) * len(table)
     host = host_buffer(sum(map(len, offsets)) + len(table.ids), torch.int32, device)
     np.concatenate([*offsets, table.ids], out=host.numpy(), casting="same_kind")
     moved = host.to(device, non_blocking=True)

@@ -17,7 +17,7 @@ from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.readers.jsonl import JsonlReader
 from datamodules.records import Document, Task, UserError
 from datamodules.sample import SampleReader
-from datamodules.store import ROWS, StoredCollection, StoredDocuments
+from datamodules.store import BATCH_ROWS, StoredCollection, StoredDocuments
 from datamodules.tasks import KINDS
 from tests.conftest import text_of
 from tests.datamodules.readers.test_fuzz import mutated, retyped
@@ -186,7 +186,7 @@ def test_concurrent_processes_convert_once(streamed, tmp_path):
 
 
 def test_stored_documents_span_several_arrow_batches(tmp_path):
-    count = 2 * ROWS + 17
+    count = 2 * BATCH_ROWS + 17
 
     class Many(Streamed):
         def _corpus(self):
@@ -202,7 +202,7 @@ def test_stored_documents_span_several_arrow_batches(tmp_path):
     (tmp_path / "data").mkdir()
     actual = stored(Many(None, tmp_path / "data"), tmp_path / "cache")
     assert len(actual.corpus) == count
-    for i in (0, ROWS - 1, ROWS, 2 * ROWS, count - 1):
+    for i in (0, BATCH_ROWS - 1, BATCH_ROWS, 2 * BATCH_ROWS, count - 1):
         assert actual.corpus.rows[i] == Document(f"d{i}", text_of(i), f"{text_of(i)} {i}")
     assert actual.corpus.rows[-1].id == f"d{count - 1}"
     with pytest.raises(IndexError):

@@ -40,7 +40,7 @@ def tokens():
 
 
 def hashed(ids, num_experts=3):
-    """Return the number of the expert of a text, from the description of text_key."""
+    """Return the number of the expert of a text, from the description of token_hash."""
     digest = hashlib.blake2b(struct.pack(f"<{len(ids)}I", *ids), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 1) % num_experts
 

@@ -10,7 +10,7 @@ import torch
 import datamodules.tokens
 from datamodules.batches import BatchOptions
 from datamodules.conversion import stored
-from datamodules.packed import text_key
+from datamodules.packed import token_hash
 from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Document, Task
 from datamodules.tasks import LinkPredictionDataModule, SearchDataModule
@@ -117,7 +117,7 @@ def test_batches_are_slices_of_one_copy():
     assert torch.cat([batch.input_ids for batch in batches]).tolist() == ids.tolist()
     assert {(batch.input_ids.dtype, batch.offsets.dtype) for batch in batches} == {(torch.int64, torch.int32)}
     keys = [key for batch in batches for key in batch.keys]
-    assert keys == [text_key(text) for text in table]
+    assert keys == [token_hash(text) for text in table]
     assert len(set(keys)) == 5
     batches = copied_to(torch.device("cpu"), table, [2, 1, 2], has_keys=False)
     assert [batch.keys for batch in batches] == [(0, 0), (0,), (0, 0)]
