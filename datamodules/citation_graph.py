@@ -207,11 +207,9 @@ def _id_pairs(path: Path) -> Iterator[tuple[int, Sequence[str]]]:
 def _rows_by_id(task: TaskDataModule) -> dict[str, list[tuple[int, int]]]:
     """Return, for each id of a corpus, its rows and the numbers of their collections."""
     rows: dict[str, list[tuple[int, int]]] = {}
-    start = 0
-    for number, collection in enumerate(task.collections.values()):
-        for row, id in enumerate(collection.corpus, start):
+    for number, part in enumerate(task.parts):
+        for row, id in enumerate(part.collection.corpus, part.first_row):
             rows.setdefault(id, []).append((row, number))
-        start += len(collection.corpus) + len(collection.queries)
     return rows
 
 

@@ -51,7 +51,7 @@ def train_positives(task: TaskDataModule, collection: str = "") -> tuple[np.ndar
     collection: name of the collection whose queries are returned; by default those of all.
     """
     queries, lists = [], []
-    for name, (table, offset) in zip(task.collections, task.examples.parts, strict=True):
+    for name, _, table, offset in task.parts:
         if collection in ("", name):
             queries.append(np.asarray(table.queries, dtype=np.int64) + offset)
             starts, rows = table.judged(np.asarray(table.grades) > 0)

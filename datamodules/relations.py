@@ -46,14 +46,9 @@ class LabelSpace:
         """Return the labels of a collection. Raises UserError if the task is not a classification."""
         if not isinstance(task, ClassificationDataModule):
             raise UserError(f"task {task.task.name} has no labels; expected a task of kind classification")
-        first = 0
-        for name, each in task.collections.items():
-            if name == collection:
-                break
-            first += len(each.corpus) + len(each.queries)
-        labels = list(task.collections[collection].corpus.values())
+        part = next(part for part in task.parts if part.name == collection)
         shown = task.task.name if len(task.collections) == 1 else f"{task.task.name}/{collection}"
-        return cls(shown, np.arange(first, first + len(labels)), labels)
+        return cls(shown, part.corpus_rows, list(part.collection.corpus.values()))
 
     def __len__(self) -> int:
         return len(self.labels)

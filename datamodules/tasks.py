@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -42,6 +42,23 @@ class CollectionError(UserError):
 
     def __str__(self) -> str:
         return f"task {self.task}, collection {self.collection}: {self.problem}"
+
+
+class Part(NamedTuple):
+    """A collection of a task.
+
+    table: its examples. first_row: row at which its documents start in the task's document table.
+    """
+
+    name: str
+    collection: Collection | StoredCollection
+    table: ExampleTable
+    first_row: int
+
+    @property
+    def corpus_rows(self) -> np.ndarray:
+        """Rows of its corpus in the task's document table, ascending and without gaps."""
+        return np.arange(self.first_row, self.first_row + len(self.collection.corpus))
 
 
 class TaskDataModule(ContrastiveDataModule):
@@ -110,6 +127,12 @@ class TaskDataModule(ContrastiveDataModule):
                 "train on (a collection with only dev or test is only evaluated)"
             )
 
+    @property
+    def parts(self) -> list[Part]:
+        """The collections with their examples, in the order of their rows."""
+        parts = zip(self.collections.items(), self.examples.parts, strict=True)
+        return [Part(*collection, *examples) for collection, examples in parts]
+
     def _read(self, name: str) -> Collection | StoredCollection:
         reader = self.readers[name]
         if isinstance(reader, Collection):
@@ -161,16 +184,11 @@ class TaskDataModule(ContrastiveDataModule):
 
     def collection_of(self, row: int) -> str:
         """Return the name of the collection that a row of the document table belongs to."""
-        for name, collection in self.collections.items():
-            row -= len(collection.corpus) + len(collection.queries)
-            if row < 0:
-                return name
-        raise IndexError("row out of range")
+        return next(part.name for part in reversed(self.parts) if part.first_row <= row)
 
     def examples_by_collection(self) -> dict[str, int]:
         """Return the number of examples of each collection that has any."""
-        counts = zip(self.collections, self.examples.parts, strict=True)
-        return {name: len(table) for name, (table, _) in counts if len(table)}
+        return {part.name: len(part.table) for part in self.parts if len(part.table)}
 
     def strip(self, queries: np.ndarray, documents: np.ndarray) -> None:
         """Remove queries and documents, given as rows of the document table, from the training.
@@ -187,35 +205,26 @@ class TaskDataModule(ContrastiveDataModule):
     def corpus_rows(self) -> np.ndarray:
         """Return whether each row of the document table belongs to a corpus, (documents,) bool."""
         in_corpus = np.zeros(len(self.documents), dtype=bool)
-        start = 0
-        for collection in self.collections.values():
-            in_corpus[start : start + len(collection.corpus)] = True
-            start += len(collection.corpus) + len(collection.queries)
+        for part in self.parts:
+            in_corpus[part.corpus_rows] = True
         return in_corpus
 
     def pools(self) -> list[MiningPool]:
         pools, first_example = [], 0
-        for (name, collection), (table, row) in zip(self.collections.items(), self.examples.parts, strict=True):
-            if len(table):
-                pools.append(self._pool(name, collection, table, row, first_example))
-            first_example += len(table)
+        for part in self.parts:
+            if len(part.table):
+                pools.append(self._pool(part, first_example))
+            first_example += len(part.table)
         return pools
 
-    def _pool(
-        self,
-        name: str,
-        collection: Collection | StoredCollection,
-        table: ExampleTable,
-        first_row: int,
-        first_example: int,
-    ) -> MiningPool:
-        corpus = selected(self.documents, np.arange(first_row, first_row + len(collection.corpus)))
+    def _pool(self, part: Part, first_example: int) -> MiningPool:
+        name, collection, table, first_row = part
         queries = selected(self.documents, np.asarray(table.queries, dtype=np.int64) + first_row)
         positives = table.judged(np.asarray(table.grades) > 0)
         return MiningPool(
             task=self.task.name,
             name=name,
-            corpus=corpus,
+            corpus=selected(self.documents, part.corpus_rows),
             queries=queries,
             first_row=first_row,
             first_example=first_example,

@@ -132,8 +132,9 @@ def _summarize(source: Source, best: dict[tuple[str, str], dict[str, Overlap]]) 
 
 def _minable_rows(task: TaskDataModule) -> Iterator[int]:
     """Yield the rows of the corpora of collections with training examples."""
-    for collection, (table, first) in zip(task.collections.values(), task.examples.parts, strict=True):
-        yield from range(first, first + len(collection.corpus) if len(table) else first)
+    for part in task.parts:
+        if len(part.table):
+            yield from part.corpus_rows.tolist()
 
 
 def _evaluated(tasks: Sequence[TaskDataModule], folders: Sequence[str], corpora: bool) -> Iterator[Source]:
