@@ -54,6 +54,7 @@ class CrossStitchEncoder(MoEEncoder):
         for index in self.expert_layers:
             own = {name: nn.Parameter(rows[f"stitches.{index}.{name}"]) for name in self.experts}
             self.stitches[str(index)] = nn.ParameterDict(own)
+        self._rows_read: dict[tuple[int, str], tuple[tuple[int, int], list[str]]] = {}  # by _experts_in_row
 
     def neutral_weights(self) -> dict[str, Tensor]:
         identity = torch.eye(len(self.experts))
@@ -74,8 +75,21 @@ class CrossStitchEncoder(MoEEncoder):
             # The gradient of an expert whose weight stays 0 is not 0 but None, so AdamW does not move it.
             for index, weights in mixtures.items():
                 if not self._matrix(index)[expert].requires_grad:
-                    mixtures[index] = {name: weight for name, weight in weights.items() if weight}
+                    mixtures[index] = {name: weights[name] for name in self._experts_in_row(index, expert)}
         return Condition(experts=expert, mixtures=mixtures)
+
+    def _experts_in_row(self, index: int, expert: str) -> list[str]:
+        """Return the experts whose weight in a row is not 0.
+
+        The host waits for the row only if its values may have changed since the last call.
+        """
+        row = self._matrix(index)[expert]
+        state = id(row), row._version  # a copy of the encoder has other rows
+        known, names = self._rows_read.get((index, expert), (None, []))
+        if known != state:
+            names = [name for name, weight in zip(sorted(self.experts), row.tolist(), strict=True) if weight]
+            self._rows_read[index, expert] = state, names
+        return names
 
     def layer(self, index, hidden, states, context, condition):
         if index not in condition.mixtures:
@@ -97,6 +111,7 @@ class CrossStitchEncoder(MoEEncoder):
     def add_expert(self, name: str, like: str) -> None:
         """Add a copy of an expert. Its row reads the copy in place of the original; other rows do not read it."""
         super().add_expert(name, like)
+        self._rows_read.clear()  # because a new row may have the id of a deleted one
         order = sorted(self.experts)
         for rows in map(self._matrix, self.expert_layers):
             for expert, row in list(rows.items()):

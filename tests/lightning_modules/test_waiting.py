@@ -36,6 +36,16 @@ from tests.lightning_modules.auxiliary import cases as losses
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 from tests.lightning_modules.test_objective import CASES, world
 
+
+def frozen_stitches(*arguments, **options):
+    """Return a CrossStitchEncoder with constant matrices, of which the first step on a GPU reads each row once."""
+    encoder = CrossStitchEncoder(*arguments, **options, ffn=True)
+    encoder.stitches.requires_grad_(False)
+    for task in TASKS:
+        encoder.condition(task)
+    return encoder
+
+
 ROOT = Path(__file__).parents[2]
 COPIES = (torch.ops.aten.to, torch.ops.aten._to_copy, torch.ops.aten.copy_)
 INSTRUCTIONS = {task: f"{task} text title" for task in TASKS}
@@ -48,6 +58,7 @@ ENCODERS = {
     "dual_prompt": partial(DualPromptEncoder, instructions=INSTRUCTIONS),
     "prompt": partial(PromptEncoder, instructions=INSTRUCTIONS, pool_prompt=False, pooling="mean"),
     "stitched": partial(CrossStitchEncoder, ffn=True),
+    "stitched, frozen": frozen_stitches,
     "control": partial(ControlEncoder, ffn=True),
     "routed": partial(RoutedEncoder, entropy_weight=0.1),
     "routed_tokens": partial(RoutedEncoder, entropy_weight=0.1, level="token", pooling="mean"),
@@ -152,13 +163,18 @@ class Autocast:
 
 @pytest.fixture(params=["fp32"])
 def gpu(request, monkeypatch):
-    """Return the meta device, with substitutes for autocast and the fused optimizer."""
+    """Return the meta device, with substitutes for autocast and the fused optimizer.
+
+    Modules keep their parameters when they move there, as they do when they move to a GPU.
+    """
     autocast, adamw = Autocast(request.param == "bf16"), torch.optim.AdamW
     monkeypatch.setattr(torch, "autocast", autocast)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: autocast.enabled)
     monkeypatch.setattr(torch.optim, "AdamW", lambda groups, fused, **options: adamw(groups, **options))
-    return torch.device("meta")
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield torch.device("meta")
+    torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,25 @@ def test_frozen_matrices_train_as_the_moe_bit_for_bit(make_stitched, three_tasks
         assert not torch.equal(trained[name], row)
 
 
+def test_experts_that_frozen_matrices_mix_follow_new_weights(make_stitched):
+    """They are read once, and again after a checkpoint is loaded, the encoder is copied, or an expert is added."""
+
+    def mixed(encoder):
+        return {name for weights in encoder.condition("search").mixtures.values() for name in weights}
+
+    encoder = make_stitched()
+    encoder.stitches.requires_grad_(False)
+    assert mixed(encoder) == {"search"}
+    state = copy.deepcopy(encoder.state_dict())
+    encoder.load_state_dict(state | {f"stitches.{i}.search": torch.tensor([0.5, 0, 1]) for i in encoder.expert_layers})
+    assert mixed(encoder) == {"classification", "search"}
+    other = copy.deepcopy(encoder)
+    other.load_state_dict(state)
+    assert mixed(other) == {"search"}
+    encoder.add_expert("a_reviewer", like="search")
+    assert mixed(encoder) == {"classification", "search"}
+
+
 def fitted(encoder, data, folder, lr_scale=None, resume=None, steps=6, **options):
     optim = OptimOptions(lr=0.01, schedule="constant", lr_scale=lr_scale or {})
     module = ContrastiveModule(encoder, optim=optim, total_steps=6, similarity="cosine", temperature=0.05, **options)
