@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from datamodules.records import UserError
 from lightning_modules.optim_options import OptimOptions
-from lightning_modules.parts import check_parts, parts_of, value_of
+from lightning_modules.parts import check_parts, expert_in, value_of, without_expert
 
 
 def freeze(model: nn.Module, lr_scale: Mapping[str, float]) -> None:
@@ -39,8 +39,9 @@ def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        layer = re.search(r"\.layers?\.(\d+)\.", name)
-        layers_above = num_layers - 1 - int(layer[1]) if layer else num_layers if ".embeddings." in name else 0
+        module = without_expert(name)  # an expert may be called "layer" or "embeddings"
+        layer = re.search(r"\.layers?\.(\d+)\.", module)
+        layers_above = num_layers - 1 - int(layer[1]) if layer else num_layers if ".embeddings." in module else 0
         scale = options.layer_decay**layers_above * value_of(name, options.lr_scale, 1.0)
         decay = options.weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault((scale, decay), {"params": [], "lr": options.lr * scale, "weight_decay": decay})
@@ -59,9 +60,8 @@ class ExpertDecay:
         self.strength = strength
         places: dict[str, list[nn.Parameter]] = defaultdict(list)  # name without the expert -> a parameter per expert
         for name, parameter in encoder.named_parameters():
-            expert, *is_expert = parts_of(name)
-            if is_expert:
-                places[name.replace(f".{expert}.", ".", 1)].append(parameter)
+            if expert_in(name):
+                places[without_expert(name)].append(parameter)
         if not places:
             raise UserError("expert_decay: this encoder has no experts; set it to 0")
         self.counterparts = list(places.values())

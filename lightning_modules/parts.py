@@ -2,7 +2,7 @@
 
 embeddings   the embeddings of the backbone
 shared       all other parameters that serve every task
-experts      the experts and adapters of all tasks; the name of an expert is that one alone
+experts      the experts and adapters of all tasks; an expert's name means that expert alone
 stitches     the weights with which a CrossStitchEncoder mixes its experts
 features     the layers that read features of texts: positions in the citation graph, vectors of images
 """
@@ -18,10 +18,23 @@ from datamodules.records import UserError
 T = TypeVar("T")
 
 
+EXPERT = re.compile(r"(?:\.experts|^adapters)\.(\w+)")
+
+
+def expert_in(name: str) -> str | None:
+    """Return the expert that a parameter or module belongs to, or None if it serves every task."""
+    return match[1] if (match := EXPERT.search(name)) else None
+
+
+def without_expert(name: str) -> str:
+    """Return what the names of counterparts in all experts have in common: that of the backbone's module in MoE."""
+    return EXPERT.sub("", name)
+
+
 def parts_of(name: str) -> tuple[str, ...]:
     """Return the parts that a parameter of an encoder belongs to, the narrowest first."""
-    if expert := re.search(r"(?:\.experts|^adapters)\.(\w+)\.", name):
-        return expert[1], "experts"
+    if expert := expert_in(name):
+        return expert, "experts"
     if (own := name.partition(".")[0]) in ("stitches", "features"):
         return (own,)
     return ("embeddings",) if ".embeddings." in name else ("shared",)

@@ -35,6 +35,7 @@ from datamodules.packed import Companion, ContrastiveBatch, Tokens
 from lightning_modules.distributed.collectives import gather_rows, world_size
 from lightning_modules.encoders.attention import AttentionContext, Settings, attend_padded, choose_kernel
 from lightning_modules.memory import Memory
+from lightning_modules.parts import expert_in
 from lightning_modules.retrieval.compute import default_token_budget
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ def training_flops(encoder: Encoder, lengths: Sequence[int] | np.ndarray, task: 
         total += products * (1 + _trained_share(encoder, index, task)) + attention
         if has_gradient:
             total += products + 2 * attention
-        modules = [*encoder.layer_modules(index), *_adapters(encoder, index)]
-        has_gradient = has_gradient or any(p.requires_grad for module in modules for p in module.parameters())
+        layer = _serving(encoder, index, task, *encoder.layer_modules(index))
+        has_gradient = has_gradient or any(p.requires_grad for p in layer)
     return total
 
 
@@ -90,10 +91,10 @@ def _layers(encoder: Encoder, lengths: Sequence[int] | np.ndarray, task: str) ->
         is_pooled = index == encoder.num_layers - 1 and encoder.pools_one_position
         computed = num_texts if is_pooled else num_tokens
         keys = _keys_of_first(lengths, window) if is_pooled else _keys_of_all(lengths, window)
-        adapters = _adapters(encoder, index)
         attentions, feed_forwards = _copies(encoder, index)
         weights = 2 * size**2 * attentions + feed_forward * feed_forwards
-        weights += sum(p.numel() for p in _matrices(adapters[:1]))
+        adapters = _adapters(encoder, index, task)
+        weights += sum(p.numel() for adapter in adapters for p in adapter.parameters() if p.ndim == 2)
         yield LayerFlops(
             products=2.0 * (computed * weights + num_tokens * 2 * size**2 * attentions),  # keys, values of all tokens
             attention=4.0 * size * (int(keys.sum()) + prefix * computed) * attentions,
@@ -129,21 +130,25 @@ def _copies(encoder: Encoder, index: int) -> tuple[int, int]:
     return len(moe.experts) if moe.attention else 1, len(moe.experts) if moe.ffn else 1
 
 
-def _adapters(encoder: Encoder, index: int) -> list[torch.nn.Module]:
-    """Return the adapters of a layer, one for each expert."""
-    return [adapters[index] for adapters in getattr(encoder, "adapters", {}).values()]
+def _adapters(encoder: Encoder, index: int, task: str) -> list[torch.nn.Module]:
+    """Return the adapter of a task in a layer, as a list that is empty if the encoder has none."""
+    adapters = getattr(encoder, "adapters", None)
+    return [] if adapters is None else [adapters[encoder.tasks[task]][index]]
 
 
-def _matrices(modules: list[torch.nn.Module]) -> list[torch.nn.Parameter]:
-    return [p for module in modules for p in module.parameters() if p.ndim == 2]
+def _serving(encoder: Encoder, index: int, task: str, *modules: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """Return the parameters of modules of a layer, and of its adapter, that serve a task."""
+    named = [(expert_in(name), p) for module in modules for name, p in module.named_parameters()]
+    own = encoder.tasks[task]
+    # Stitches and gates choose among all experts.
+    reads_all = max(_copies(encoder, index)) > 1 or own not in {expert for expert, _ in named}
+    parameters = [p for expert, p in named if reads_all or expert in (None, own)]
+    return parameters + [p for adapter in _adapters(encoder, index, task) for p in adapter.parameters()]
 
 
 def _trained_share(encoder: Encoder, index: int, task: str) -> float:
     """Return the share of a layer's weights that are trained, among those that serve a task."""
-    expert = ".experts." if max(_copies(encoder, index)) > 1 else f".experts.{encoder.tasks[task]}."
-    named = encoder.family.layers[index].named_parameters()
-    weights = [p for name, p in named if p.ndim == 2 and (".experts." not in name or expert in name)]
-    weights += _matrices(_adapters(encoder, index)[:1])
+    weights = [p for p in _serving(encoder, index, task, encoder.family.layers[index]) if p.ndim == 2]
     return sum(p.numel() for p in weights if p.requires_grad) / sum(p.numel() for p in weights)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +35,7 @@ from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.scimult_format import to_reference
 from lightning_modules.encoders.sentence_files import FORMER_MODES
 from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.parts import expert_in
 
 AVERAGE = "average"
 
@@ -53,8 +53,7 @@ def dense(encoder: Encoder, task: str) -> Encoder:
     encoder, expert = merged(encoder), None if task == AVERAGE else encoder.expert_of(task)
     tensors: dict[str, list[Tensor]] = {}  # name without expert -> tensors of the selected experts
     for key, tensor in encoder.state_dict().items():
-        match = re.search(r"\.experts\.(\w+)", key)
-        if match is None or expert in (None, match[1]):
+        if expert is None or expert_in(key) in (None, expert):
             tensors.setdefault(dense_key(key), []).append(tensor)
     arguments: dict[str, Any] = {name: getattr(encoder, name) for name in ("pooling", "normalize", "max_length")}
     kind: type[Encoder] = SharedEncoder

@@ -38,6 +38,7 @@ from lightning_modules.encoders.sentence_files import check_prompt, lower_cased,
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.encoders.text_features import TextFeatures
 from lightning_modules.losses import SIMILARITIES
+from lightning_modules.parts import without_expert
 
 log = logging.getLogger(__name__)
 
@@ -349,4 +350,4 @@ def weights_for(source: Encoder, target: Encoder) -> dict[str, Tensor]:
 
 def dense_key(key: str) -> str:
     """Return the name that a parameter of an expert or instruction encoder has in a SharedEncoder."""
-    return re.sub(r"\.experts\.\w+", "", re.sub(r"^instruction_backbone\.", "backbone.", key))
+    return without_expert(re.sub(r"^instruction_backbone\.", "backbone.", key))

@@ -19,6 +19,7 @@ from datamodules.records import UserError
 from lightning_modules.encoders.backbone_options import LoraOptions, check_peft
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.families import Experts, family_of
+from lightning_modules.parts import without_expert
 
 
 def add_lora(encoder: Encoder, options: LoraOptions) -> None:
@@ -59,7 +60,7 @@ def _start_experts_equal(layer: nn.Module) -> None:
 def _trained_linear(layer: nn.Module) -> dict[str, str]:
     """Return the trained linear modules of a layer: name -> name without that of the expert."""
     return {
-        name: re.sub(r"\.experts\.\w+", "", name)
+        name: without_expert(name)
         for name, module in layer.named_modules()
         if isinstance(module, nn.Linear) and module.weight.requires_grad
     }

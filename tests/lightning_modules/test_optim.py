@@ -8,6 +8,8 @@ import transformers
 
 from datamodules.records import UserError
 from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.encoders.adapters import AdapterEncoder
+from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.optim import ExpertDecay, OptimOptions, parameter_groups, schedule
 from tests.conftest import TASKS
 
@@ -94,6 +96,23 @@ def test_expert_decay_moves_experts_towards_their_mean(make_encoder):
         own = next(task for task in TASKS if f".{task}." in name)
         mean = sum(without[name.replace(own, task)] for task in TASKS) / 3
         torch.testing.assert_close(pulled[name] - mean, 0.8 * (tensor - mean), atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["self", "layer", "output"])
+def test_expert_may_have_the_name_of_a_module(make_backbone, name):
+    """An expert `self` was looked for in `attention.self`, and then had no counterparts to move towards."""
+    tasks = {name: name, "search": "search"}
+    for kind in (MoEEncoder, AdapterEncoder):
+        counterparts = ExpertDecay(kind(*make_backbone(), tasks, max_length=32), 1.0).counterparts
+        assert {len(experts) for experts in counterparts} == {2}
+        assert all(one.shape == other.shape for one, other in counterparts)
+
+
+def test_layer_decay_does_not_read_the_name_of_an_expert(make_backbone):
+    tasks = {task: task for task in ("layer", "embeddings", "search")}
+    encoder = AdapterEncoder(*make_backbone(), tasks, max_length=32)
+    groups = parameter_groups(encoder, OptimOptions(lr=1.0, layer_decay=0.5), 4)
+    assert {group["lr"] for group in groups} == {1.0}
 
 
 def test_expert_decay_needs_experts(make_encoder):

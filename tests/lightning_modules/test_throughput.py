@@ -119,6 +119,17 @@ def test_frozen_weights_need_no_gradients(make, make_backbone, kind):
     assert expected < 2.7 * forward_flops(encoder, [LENGTH] * TEXTS)
 
 
+def test_only_parameters_that_serve_the_task_count_as_trained(make, make_backbone):
+    """An added task trains its own expert or adapter, and not the first one. The other tasks train nothing."""
+    lengths = [LENGTH] * TEXTS
+    new = AdapterEncoder(*make_backbone(), TASKS, max_length=32)
+    for kind, expected in (("adapters", training_flops(new, lengths, "search")), ("moe", None)):
+        encoder = make(kind)
+        add_tasks(encoder, {"new": "new"}, {"new": "search"})
+        assert expected in (None, training_flops(encoder, lengths, "new"))
+        assert training_flops(encoder, lengths, "search") == forward_flops(encoder, lengths)
+
+
 def test_texts_of_different_lengths_add_up(make):
     encoder = make("moe")
     separate = [forward_flops(encoder, [length]) for length in (3, 9, 31)]
