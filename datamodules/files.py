@@ -164,14 +164,18 @@ def regular(path: Path, longest: int | None = None) -> Path:
     return path
 
 
+# What numpy raises for a damaged header of an array, next to OSError and ValueError.
+ARRAY_ERRORS = (EOFError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError, tokenize.TokenError)
+
+
 def load_array(path: Path, mode: Literal["r", "c"] = "r") -> np.memmap:
     """Return the array of a .npy file, memory-mapped: mode "r" is read-only, "c" copies on write.
 
-    Raises OSError or ValueError for any damage; numpy alone also raises other errors for a damaged header.
+    Raises OSError or ValueError for any damage.
     """
     try:
         return np.load(regular(path), mmap_mode=mode)
-    except (EOFError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError, tokenize.TokenError) as error:
+    except ARRAY_ERRORS as error:
         raise ValueError(f"not an array: {error}") from error
 
 

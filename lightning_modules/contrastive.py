@@ -29,6 +29,7 @@ from lightning_modules.objective import FrozenEncoder, Objective
 from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import ExpertDecay, freeze, parameter_groups, schedule
 from lightning_modules.optim_options import OptimOptions
+from lightning_modules.parts import can_name_module
 from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_parts
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,7 @@ class ContrastiveModule(L.LightningModule):
         encoder.similarity = options.similarity  # part of its description in checkpoints
         self.objective = Objective(options, tasks, encoder.dimension, *frozen_models.values())
         for name in losses or ():
-            if not name.isidentifier() or hasattr(nn.ModuleDict(), name):
+            if not (name.isidentifier() and can_name_module(name)):
                 raise UserError(f"losses: {name!r} cannot be the name of a loss; choose a word, such as consistency")
         self.named_losses = {name: loss for name, loss in (losses or {}).items() if loss.weight}
         self.losses = nn.ModuleDict(self.named_losses)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from datamodules.packed import ContrastiveBatch
 from lightning_modules.distributed.collectives import world_size
+from lightning_modules.parts import check_task_names
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class UncertaintyWeights(nn.Module):
 
     def __init__(self, tasks: Sequence[str]):
         super().__init__()
+        check_task_names("balance=uncertainty", tasks)
         self.log_variance = nn.ParameterDict({task: nn.Parameter(torch.zeros(())) for task in tasks})
 
     def forward(self, loss: Tensor, task: str) -> tuple[Tensor, Tensor]:

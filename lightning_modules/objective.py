@@ -44,6 +44,7 @@ from lightning_modules.losses import (
     vector_distance,
 )
 from lightning_modules.objective_options import ObjectiveOptions, TeacherOptions, check_objective
+from lightning_modules.parts import check_task_names
 
 # rows of a block -> True where a candidate must not be a negative of the query, (r, C)
 Mask = Callable[[slice], Tensor]
@@ -349,6 +350,7 @@ class Temperature(nn.Module):
         super().__init__()
         self.initial, self.bounds = initial, tuple(bounds)
         names = {"no": (), "one": ("all",), "per_task": tasks}[learn]
+        check_task_names("learn_temperature", names)
         self.log = nn.ParameterDict({name: nn.Parameter(torch.tensor(math.log(self._initial(name)))) for name in names})
 
     def _initial(self, task: str) -> float:

@@ -1,4 +1,4 @@
-"""The parts of an encoder, by which learning rates and the weights of a merge are set.
+"""Names of parameters: the parts of an encoder, by which learning rates and the weights of a merge are set.
 
 embeddings   the embeddings of the backbone
 shared       all other parameters that serve every task
@@ -12,6 +12,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
+
+from torch import nn
 
 from datamodules.records import UserError
 
@@ -29,6 +31,21 @@ def expert_in(name: str) -> str | None:
 def without_expert(name: str) -> str:
     """Return what the names of counterparts in all experts have in common: that of the backbone's module in MoE."""
     return EXPERT.sub("", name)
+
+
+def can_name_module(name: str) -> bool:
+    """Return whether torch accepts a name for a submodule and for a parameter."""
+    return bool(name) and "." not in name and not any(hasattr(x, name) for x in (nn.ModuleDict(), nn.ParameterDict()))
+
+
+def check_task_names(key: str, tasks: Iterable[str]) -> None:
+    """Raise UserError for a task that no parameter can be called after. key: argument that needs one per task."""
+    for task in tasks:
+        if not can_name_module(task):
+            raise UserError(
+                f"{key}: task {task!r} cannot have a parameter of its own, because torch refuses the name; expected a "
+                "name without dots that is not an attribute of torch.nn.ModuleDict or torch.nn.ParameterDict"
+            )
 
 
 def parts_of(name: str) -> tuple[str, ...]:

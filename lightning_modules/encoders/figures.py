@@ -15,9 +15,13 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from datamodules.records import UserError
+from datamodules.files import ARRAY_ERRORS, regular
+from datamodules.records import UserError, explained
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.text_features import TextFeatures
+
+ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, KeyError, AttributeError, RuntimeError)  # AttributeError: a .npy file
+NPZ_ERRORS = (OSError, ValueError, *ARRAY_ERRORS, *ZIP_ERRORS)
 
 
 class FigureEncoder(MoEEncoder):
@@ -81,20 +85,9 @@ class FigureEncoder(MoEEncoder):
 
 def read_image_vectors(path: Path, size: int) -> tuple[dict[str, int], np.ndarray]:
     """Return the row of each figure, and the vectors (n, size), float32. Raises UserError for another kind of file."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            ids, vectors = file["ids"], file["vectors"]
-    except (
-        OSError,
-        EOFError,
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise UserError(f"{path}: expected a .npz file with the arrays ids and vectors ({error})") from error
+    problem = f"{path}: expected a .npz file with the arrays ids and vectors"
+    with explained(problem, *NPZ_ERRORS), np.load(regular(path), allow_pickle=False) as file:
+        ids, vectors = file["ids"], file["vectors"]
     if ids.ndim != 1 or ids.dtype.kind != "U" or vectors.dtype.kind != "f" or vectors.shape != (len(ids), size):
         raise UserError(
             f"{path}: expected ids of shape (n,) and vectors of shape (n, {size}), as image_size says; got ids "

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.packed import Tokens
@@ -23,6 +23,7 @@ from datamodules.records import UserError
 from lightning_modules.encoders.base import Condition, Encoder
 from lightning_modules.encoders.families import Experts, Family, Groups
 from lightning_modules.encoders.lora import unfreeze
+from lightning_modules.parts import can_name_module
 
 RULES = "mod2, mod3, ... (every second, third, ... layer), ge6mod3, le7mod3, last2, all, or a list of layers from 0"
 
@@ -34,7 +35,7 @@ def expert_layers(rule: str | Sequence[int], num_layers: int) -> list[int]:
         of twelve layers, "ge6mod3" selects 5, 8 and 11, and "le7mod3" selects 0, 3 and 6.
     """
     if isinstance(rule, str):
-        every, last = re.fullmatch(r"mod([1-9]\d*)", rule), re.fullmatch(r"last([1-9]\d*)", rule)
+        every, last = re.fullmatch(r"mod([1-9]\d{0,3})", rule), re.fullmatch(r"last([1-9]\d{0,3})", rule)
         if every:
             layers = [i for i in range(num_layers) if (i + 1) % int(every[1]) == 0]
         elif last:
@@ -127,12 +128,10 @@ class MoEEncoder(Encoder):
 def check_expert_names(experts: Sequence[str]) -> None:
     """Raise UserError for a name that torch does not accept for a submodule."""
     for name in experts:
-        if not re.fullmatch(r"[A-Za-z]\w*", name) or any(
-            hasattr(kind, name) for kind in (nn.ModuleDict, nn.ParameterDict)
-        ):
+        if not (re.fullmatch(r"[A-Za-z]\w*", name) and can_name_module(name)):
             raise UserError(
-                f"expert {name!r}: expected a name of letters, digits and _ that starts with a letter and is not a "
-                "method of torch.nn.ModuleDict or torch.nn.ParameterDict"
+                f"expert {name!r}: expected a name of letters, digits and _ that starts with a letter and is not an "
+                "attribute of torch.nn.ModuleDict or torch.nn.ParameterDict"
             )
 
 

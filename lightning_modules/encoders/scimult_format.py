@@ -27,7 +27,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datamodules.records import UserError
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.moe import MoEEncoder, expert_layers
-from lightning_modules.encoders.routed import RoutedEncoder
+from lightning_modules.encoders.routed import MAX_EXPERTS, RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
 
 EXPERTS = ("search", "link_prediction", "classification")  # number -> name
@@ -37,9 +37,9 @@ UNUSED = ("embeddings.position_ids", "pooler.")
 
 # The authors' keys, where an expert is a number.
 ATTENTION = re.compile(
-    r"(encoder\.layer\.(\d+)\.attention)\.(?:self\.moe_(query|key|value)|output\.moe_dense)\.(\d+)\.(\w+)"
+    r"(encoder\.layer\.(\d{1,4})\.attention)\.(?:self\.moe_(query|key|value)|output\.moe_dense)\.(\d{1,4})\.(\w+)"
 )
-FEED_FORWARD = re.compile(r"(encoder\.layer\.(\d+))\.moe_layer\.(interm|output)_layers\.(\d+)\.(.+)")
+FEED_FORWARD = re.compile(r"(encoder\.layer\.(\d{1,4}))\.moe_layer\.(interm|output)_layers\.(\d{1,4})\.(.+)")
 GATE = re.compile(r"encoder\.expert_gate\.(?:(\d+)\.)?fwd_func\.(\w+)")
 
 # Our keys, which identify an expert by its name.
@@ -65,19 +65,21 @@ def from_reference(
     source: name of the checkpoint, for error messages.
     tower: "query" or "document", needed if the two towers differ.
     """
-    settings = checkpoint["encoder_params"]
-    if not isinstance(settings, Mapping) or not isinstance(checkpoint["model_dict"], Mapping):
+    settings, model = checkpoint["encoder_params"], checkpoint["model_dict"]
+    settings = settings.get("encoder", settings) if isinstance(settings, Mapping) else settings
+    if not isinstance(settings, Mapping) or not isinstance(model, Mapping):
         raise UserError(
             f"{source}: model_dict and encoder_params must be mappings, as in checkpoints of SciMult or DPR"
         )
-    settings = settings.get("encoder", settings)
+    if names := [key for key in model if not isinstance(key, str)]:
+        raise UserError(f"{source}: the keys of model_dict must be names of tensors, got {names[0]!r}")
     if size := settings.get("projection_dim"):
         raise UserError(f"{source}: has a projection of {size} dimensions, which is not supported")
     if settings.get("factor_rep"):
         raise UserError(f"{source}: was trained with factor_rep, which is not supported")
 
-    weights = _one_tower(checkpoint["model_dict"], source, tower)
-    experts = _find_experts(weights)
+    weights = _one_tower(model, source, tower)
+    experts = _find_experts(weights, source)
     _check_settings(settings, experts, backbone.config.num_hidden_layers, source)
     names: Sequence[str] = EXPERTS
     if experts.gates or experts.number != len(EXPERTS):
@@ -123,11 +125,16 @@ class _Experts:
         return sorted(self.attention | self.ffn)
 
 
-def _find_experts(keys: Iterable[str]) -> _Experts:
+def _find_experts(keys: Iterable[str], source: str) -> _Experts:
+    """Return the experts of a checkpoint. Raises UserError for impossible numbers."""
     attention = [match for key in keys if (match := ATTENTION.fullmatch(key))]
     ffn = [match for key in keys if (match := FEED_FORWARD.fullmatch(key))]
+    numbers = sorted({int(match[4]) for match in attention + ffn})
+    if numbers != list(range(len(numbers))) or len(numbers) > MAX_EXPERTS:
+        shown = ", ".join(map(str, numbers[:5])) + (", ..." if numbers[5:] else "")
+        raise UserError(f"{source}: expected experts with the numbers 0, 1, ... up to {MAX_EXPERTS - 1}, got {shown}")
     return _Experts(
-        number=max((int(match[4]) + 1 for match in attention + ffn), default=0),
+        number=len(numbers),
         attention={int(match[2]) for match in attention},
         ffn={int(match[2]) for match in ffn},
         gates={match[1] for key in keys if (match := GATE.fullmatch(key))},
@@ -141,7 +148,7 @@ def _one_tower(model: Mapping[str, Tensor], source: str, tower: str | None) -> d
     level = "" if any(key.startswith(f"{p}embeddings.") for p in TOWERS.values() for key in model) else "encoder."
     prefixes = {name: f"{prefix}{level}" for name, prefix in TOWERS.items()}
     if unexpected := [key for key in model if not key.startswith(tuple(prefixes.values()))]:
-        raise UserError(f"{source}: {len(unexpected)} unexpected keys ({', '.join(map(str, unexpected[:3]))})")
+        raise UserError(f"{source}: {len(unexpected)} unexpected keys ({', '.join(unexpected[:3])})")
     towers: dict[str, dict[str, Tensor]] = {name: {} for name in TOWERS}
     for name, prefix in prefixes.items():
         tensors = {key.removeprefix(prefix): tensor for key, tensor in model.items() if key.startswith(prefix)}
@@ -246,7 +253,8 @@ def to_reference(encoder: Encoder) -> dict[str, Any]:
 
 def is_exported_reference(checkpoint: Any) -> bool:
     """Return whether to_reference wrote the content of a file. The authors' files have no max_length."""
-    return is_reference(checkpoint) and "max_length" in checkpoint["encoder_params"]
+    settings = checkpoint["encoder_params"] if is_reference(checkpoint) else None
+    return isinstance(settings, Mapping) and "max_length" in settings
 
 
 def _their_key(key: str, experts: Sequence[str]) -> str:

@@ -301,7 +301,7 @@ def test_tasks_can_share_an_expert(make_encoder, tokens):
     assert not torch.equal(encoder(packed(*tokens), "a"), encoder(packed(*tokens), "c"))
 
 
-@pytest.mark.parametrize("expert", ["a.b", "", "3", "keys", "get", "an expert"])
+@pytest.mark.parametrize("expert", ["a.b", "", "3", "keys", "get", "training", "an expert"])
 def test_invalid_expert_names_raise_user_error(make_encoder, expert):
     with pytest.raises(UserError, match="expert .*expected a name of letters"):
         make_encoder("attention", tasks={"search": expert})

@@ -1,5 +1,8 @@
 """Image vectors of figures: checked before training, saved with the encoder, and without effect on other texts."""
 
+import os
+import zipfile
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +11,7 @@ from datamodules.packed import Tokens
 from datamodules.records import UserError
 from datamodules.tasks import SearchDataModule
 from lightning_modules import ContrastiveModule, load_encoder
-from lightning_modules.encoders.figures import FigureEncoder
+from lightning_modules.encoders.figures import FigureEncoder, read_image_vectors
 from lightning_modules.encoders.moe import MoEEncoder
 from tests.conftest import toy_collection
 from tests.lightning_modules.quiet_trainer import SaveOnce, quiet_trainer
@@ -113,6 +116,45 @@ def test_file_of_another_kind_raises_user_error(make, figures, tmp_path, content
         (tmp_path / "images.npz").write_bytes(content)
     with pytest.raises(UserError, match="images.npz: expected a .npz file with the arrays ids and vectors"):
         make().prepare(figures)
+
+
+def test_damaged_file_raises_user_error(tmp_path):
+    """A damaged header of an array made tokenize.TokenError, OverflowError or MemoryError end in a traceback."""
+    path = tmp_path / "images.npz"
+    write(path)
+    good, damaged = path.read_bytes(), 0
+    for position in range(len(good)):
+        for bit in (0, 3, 6):
+            path.write_bytes(good[:position] + bytes([good[position] ^ 1 << bit]) + good[position + 1 :])
+            try:
+                read_image_vectors(path, 3)
+            except UserError:
+                damaged += 1
+    assert damaged > len(good)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (3,",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1_000_000_000_000_000, 3)}",
+        "{'descr': '<f4', 'fortran_order': False, 'shape': (1_000_000_000_000_000_000_000_000_000_000, 3)}",
+        "{'descr': [], 'fortran_order': False, 'shape': (" + "(" * 5000 + "3,)}",
+    ],
+)
+def test_damaged_header_raises_user_error(tmp_path, header):
+    path, content = tmp_path / "images.npz", header.encode() + b"\n"
+    with zipfile.ZipFile(path, "w") as file:
+        for name in ("ids.npy", "vectors.npy"):
+            file.writestr(name, b"\x93NUMPY\x01\x00" + len(content).to_bytes(2, "little") + content)
+    with pytest.raises(UserError, match="images.npz: expected a .npz file with the arrays ids and vectors"):
+        read_image_vectors(path, 3)
+
+
+def test_pipe_raises_user_error(tmp_path):
+    os.mkfifo(tmp_path / "images.npz")
+    with pytest.raises(UserError, match="expected a regular file"):
+        read_image_vectors(tmp_path / "images.npz", 3)
 
 
 def test_wrong_arguments_raise_user_error(make, figures):

@@ -163,6 +163,34 @@ def test_damaged_and_unrelated_checkpoints_raise_user_error(bert, make_encoder, 
         load_encoder(bad, backbone=bert)
 
 
+ATTENTION = "question_model.encoder.encoder.layer.1.attention.self.moe_query"
+
+
+@pytest.mark.usefixtures("time_limit")  # a huge number of experts fills the memory
+@pytest.mark.parametrize(
+    ("tensors", "settings", "message"),
+    [
+        ({3: torch.ones(1)}, {}, "the keys of model_dict must be names of tensors, got 3"),
+        ({}, {"encoder": "bert"}, "model_dict and encoder_params must be mappings"),
+        (
+            {f"{ATTENTION}.4.weight": torch.ones(1)},
+            {"num_expert": 5},
+            r"experts with the numbers 0, 1, .* got 0, 1, 2, 4",
+        ),
+        ({f"{ATTENTION}.300000000.weight": torch.ones(1)}, {"num_expert": 300000001}, "num_expert 300000001, but"),
+        ({f"{ATTENTION}.{i}.weight": torch.ones(1) for i in range(1025)}, {"num_expert": 1025}, "up to 1023, got 0, 1"),
+        ({}, {"moe_type": "mod" + "9" * 5000}, "layers: expected mod2"),
+    ],
+)
+def test_impossible_reference_checkpoint_raises_user_error(bert, make_encoder, tmp_path, tensors, settings, message):
+    checkpoint = to_reference(make_encoder("attention", max_length=64))
+    checkpoint["model_dict"] |= tensors
+    checkpoint["encoder_params"] |= settings
+    torch.save(checkpoint, tmp_path / "bad.ckpt")
+    with pytest.raises(UserError, match=message):
+        load_encoder(tmp_path / "bad.ckpt", backbone=bert, tower="query")
+
+
 def test_exported_folders_with_other_weights_or_descriptions_raise_user_error(make_encoder, tmp_path):
     folder = make_encoder("attention").save_pretrained(tmp_path / "model")
     weights, config = load_file(folder / "model.safetensors"), (folder / "config.json").read_text()
