@@ -230,7 +230,11 @@ class ContrastiveModule(L.LightningModule):
             return
         if (scaler := loss_scaler(self._trainer)) is not None:
             scaler.unscale_(optimizer)
-        torch.nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+        if gradient_clip_algorithm == "value":
+            foreach = False if self.encoder.sharded else None  # it refuses a mixture of sharded and other gradients
+            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val, foreach)
+        else:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raise CheckpointMismatch if the weights of a checkpoint do not fit this module."""

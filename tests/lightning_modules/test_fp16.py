@@ -17,21 +17,21 @@ from tests.lightning_modules.quiet_trainer import SaveOnce, quiet_trainer
 OPTIM = OptimOptions(warmup=0.0, weight_decay=0.0)
 
 
-def fitted(make_encoder, data, folder, fp16, steps=1, callbacks=(), scale=2.0**12, accumulate=1, **options):
+CLIP = {"gradient_clip_val": 0.01}
+
+
+def fitted(make_encoder, data, folder, fp16, steps=1, callbacks=(), scale=2.0**12, accumulate=1, clip=CLIP, **options):
     """Train, and return the trainer, the module, and the mean gradient that Adam has recorded of each parameter."""
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))] if fp16 else []
     module = ContrastiveModule(
         make_encoder("both").eval(), similarity="cosine", temperature=0.1, optim=OPTIM, **options
     )
     trainer = quiet_trainer(
-        folder, max_steps=steps, plugins=plugins, callbacks=list(callbacks), accumulate_grad_batches=accumulate, **CLIP
+        folder, max_steps=steps, plugins=plugins, callbacks=list(callbacks), accumulate_grad_batches=accumulate, **clip
     )
     trainer.fit(module, data)
     means = [state["exp_avg"] for state in trainer.optimizers[0].state.values()]
     return trainer, module, torch.cat([mean.flatten() for mean in means])
-
-
-CLIP = {"gradient_clip_val": 0.01}
 
 
 def close(one, other, tolerance=0.02):
@@ -46,6 +46,16 @@ def test_clipped_gradients_have_the_norm_asked_for(make_encoder, three_tasks, tm
     assert float(expected.norm()) == pytest.approx(0.1 * 0.01, rel=1e-3)  # beta1 is 0.9
     assert close(means, expected)
     assert not torch.equal(means, expected)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_gradients_are_clipped_by_value_if_the_trainer_asks_for_it(make_encoder, three_tasks, tmp_path, fp16):
+    """They were clipped by norm."""
+    clip = CLIP | {"gradient_clip_algorithm": "value"}
+    _, _, means = fitted(make_encoder, three_tasks, tmp_path, fp16, clip=clip, total_steps=4)
+    limit = 0.1 * 0.01  # beta1 is 0.9
+    assert float(means.abs().max()) == pytest.approx(limit, rel=1e-3)
+    assert int((means.abs() > 0.999 * limit).sum()) > 1
 
 
 def test_balanced_gradients_and_losses_do_not_depend_on_the_scale(make_encoder, three_tasks, tmp_path):

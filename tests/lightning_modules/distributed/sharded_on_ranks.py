@@ -96,11 +96,15 @@ def trained(module, step, plan_batches):
         for batch in own_batches:
             losses.append(step(batch) / len(own_batches))
             losses[-1].backward()
-        slices = {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
-        gradients.append(gathered(slices, True))
+        gradients.append(gradients_of(module))
         module.configure_gradient_clipping(optimizer, 0.5)
         optimizer.step()
     return torch.stack(losses).detach(), gradients, gathered(module.state_dict(), True), optimizer
+
+
+def gradients_of(module):
+    slices = {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+    return gathered(slices, True)
 
 
 def check(ours, theirs):
@@ -147,6 +151,10 @@ def main(rank, world_size, port):
         check(ours[1][1], gradients[1])
         check(ours[2], weights)
         check_optimizer(ours[3], optimizer)
+        for clipped, its_optimizer in ((copied, optimizer), (module, ours[3])):
+            clipped.configure_gradient_clipping(its_optimizer, 1e-4, "value")
+        check(gradients_of(module), gradients_of(copied))
+        assert max(x.abs().max() for x in gradients_of(module).values() if x is not None) == 1e-4
         texts = [text_of(rank, i) for i in range(3 + rank)]  # a different number on each rank
         with pytest.raises(RuntimeError, match="replica"):
             module.encoder.encode(texts, "search")
