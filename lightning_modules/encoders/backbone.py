@@ -148,11 +148,9 @@ def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tu
             check_size(PreTrainedConfig.get_config_dict(name)[0])
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        if config.model_type == "dpr" and with_weights:
+        check_family(config, name, key, *(["dpr"] if with_weights else []))
+        if config.model_type == "dpr":
             return bert_of_dpr(name, config), tokenizer
-        if config.model_type not in FAMILIES:
-            types = ", ".join(FAMILIES)
-            raise UserError(f"{key}: {name!r} is a model of type {config.model_type}; expected {types} or dpr")
         if not with_weights:
             return meta_backbone(config), tokenizer
         check_checksum(Path(name))
@@ -229,11 +227,11 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
-def check_family(config: PreTrainedConfig, name: str, key: str) -> None:
-    if config.model_type not in FAMILIES:
-        raise UserError(
-            f"{key}: {name!r} is a model of type {config.model_type}; expected {', '.join(FAMILIES)} or dpr"
-        )
+def check_family(config: PreTrainedConfig, name: str, key: str, *others: str) -> None:
+    """Raise UserError for a model that is not of one of the FAMILIES, or of one of the other types."""
+    if config.model_type not in (*FAMILIES, *others):
+        types = " or ".join([", ".join(FAMILIES), *others])
+        raise UserError(f"{key}: {name!r} is a model of type {config.model_type}; expected {types}")
 
 
 def options_of(config: PreTrainedConfig) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def required_instructions(instructions: Mapping[str, str], tasks: Mapping[str, s
 class InstructEncoder(Encoder):
     """An encoder whose texts attend to the instruction of their task.
 
-    encode computes the keys and values of an instruction once per call.
+    encode computes the keys and values of an instruction once per block of texts (pipeline.py).
 
     instructions: task -> sentence.
     separate: whether to freeze the backbone, and train a copy of it that encodes instructions (the paper's Prefix).

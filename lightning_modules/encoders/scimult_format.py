@@ -71,8 +71,8 @@ def from_reference(
         raise UserError(
             f"{source}: model_dict and encoder_params must be mappings, as in checkpoints of SciMult or DPR"
         )
-    if names := [key for key in model if not isinstance(key, str)]:
-        raise UserError(f"{source}: the keys of model_dict must be names of tensors, got {names[0]!r}")
+    if others := [key for key in model if not isinstance(key, str)]:
+        raise UserError(f"{source}: the keys of model_dict must be names of tensors, got {others[0]!r}")
     if size := settings.get("projection_dim"):
         raise UserError(f"{source}: has a projection of {size} dimensions, which is not supported")
     if settings.get("factor_rep"):

@@ -238,7 +238,11 @@ def test_unsupported_models_raise_user_error_with_their_name(make_modern, make_b
         tmp_path
     )
     tokenizer.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is a model of type distilbert; expected bert, roberta"):
+    with pytest.raises(
+        UserError, match="is a model of type distilbert; expected bert, roberta, .*, modernbert or dpr$"
+    ):
         load_encoder(tmp_path)
+    with pytest.raises(UserError, match="expected bert, roberta, .*, modernbert$"):  # DPR needs its weights
+        load_backbone(str(tmp_path), with_weights=False)
     with pytest.raises(UserError, match="ModernBertModel cannot have adapters"):
         AdapterEncoder(*make_modern(), TASKS, max_length=64)
