@@ -85,29 +85,22 @@ class Objective(nn.Module):
         vectors: vectors of the distinct texts of the batch, (U, D).
         """
         options, temperature = self.options, self.temperature(batch.task)
-        guide = None if self.guide is None else self.guide.embed(batch)
-        teacher = None if self.teacher is None else self.teacher.embed(batch)
         weights = options.matryoshka_weights or [1.0] * len(options.matryoshka)
-        targets = self._targets(batch)
-        queries, documents = vectors[batch.queries], vectors[batch.documents]
+        targets = self.targets(batch)
+        directions = self.directions(vectors, batch, targets)
         with torch.autocast(vectors.device.type, enabled=False):
-            if targets is not None and options.vector_teacher.asymmetric:
-                documents = targets.documents.to(queries.dtype)
-            directions = [query_to_document(queries, documents, batch, options, guide, teacher)]
-            if options.symmetric:
-                directions.append(document_to_query(queries, documents, batch, options, guide))
             terms = self._terms(directions, temperature)
             loss = terms.loss
             for prefix, weight in zip(options.matryoshka, weights, strict=True):
                 loss = loss + weight * self._terms(directions, temperature, prefix).loss
             if distance_weight := options.vector_teacher.weight_of(batch.task):
                 assert targets is not None
-                distance = self._vector_distance(queries, documents, targets, batch)
+                distance = self._vector_distance(vectors, targets, batch)
                 loss = loss + distance_weight * distance
             elif self.projection is not None:  # DDP needs a gradient for each parameter
                 loss = loss + 0.0 * self.projection.sum()
         outputs = {"loss": options.task_weights.get(batch.task, 1.0) * loss * batch.weight, "accuracy": terms.accuracy}
-        if teacher is not None:
+        if self.teacher is not None:
             outputs |= {"contrastive": terms.contrastive, "distillation": terms.distillation}
         if distance_weight:
             outputs |= {"contrastive": terms.contrastive, "vector_distance": distance.detach()}
@@ -115,7 +108,22 @@ class Objective(nn.Module):
             outputs["temperature"] = temperature.detach()
         return outputs
 
-    def _targets(self, batch: ContrastiveBatch) -> FrozenVectors | None:
+    def directions(self, vectors: Tensor, batch: ContrastiveBatch, targets: FrozenVectors | None) -> list[Direction]:
+        """Return the directions in which a batch is compared. The first is query to document.
+
+        vectors: vectors of the distinct texts of the batch, (U, D). targets: the vector teacher's, see targets().
+        """
+        guide = None if self.guide is None else self.guide.embed(batch)
+        teacher = None if self.teacher is None else self.teacher.embed(batch)
+        queries, documents = vectors[batch.queries], vectors[batch.documents]
+        if targets is not None and self.options.vector_teacher.asymmetric:
+            documents = targets.documents.to(queries.dtype)
+        directions = [query_to_document(queries, documents, batch, self.options, guide, teacher)]
+        if self.options.symmetric:
+            directions.append(document_to_query(queries, documents, batch, self.options, guide))
+        return directions
+
+    def targets(self, batch: ContrastiveBatch) -> FrozenVectors | None:
         """Return the vector teacher's vectors, stored or computed now; None for a task that does not need them."""
         if self.vector_teacher is None or not self.options.vector_teacher.is_used_for(batch.task):
             return None
@@ -123,13 +131,11 @@ class Objective(nn.Module):
             return self.vector_teacher.embed(batch)
         return FrozenVectors(batch.teacher_vectors[batch.queries], batch.teacher_vectors[batch.documents])
 
-    def _vector_distance(
-        self, queries: Tensor, documents: Tensor, targets: FrozenVectors, batch: ContrastiveBatch
-    ) -> Tensor:
-        """Return the mean distance of queries (B, D) and their documents (m, D) from the teacher's vectors."""
-        columns = torch.cat([batch.positives, batch.hard_negatives], dim=1)
-        if self.options.vector_teacher.asymmetric:
-            columns = columns[:, :0]
+    def _vector_distance(self, vectors: Tensor, targets: FrozenVectors, batch: ContrastiveBatch) -> Tensor:
+        """Return the mean distance of queries and their documents, or of queries alone, from the teacher's vectors.
+
+        vectors: (U, D).
+        """
 
         def distance(vectors: Tensor, target: Tensor) -> Tensor:
             vectors = comparable(vectors, self.options.similarity)
@@ -137,7 +143,11 @@ class Objective(nn.Module):
                 vectors = vectors @ self.projection.T  # (n, G)
             return vector_distance(vectors, target.to(vectors.dtype), self.options.vector_teacher.loss)
 
-        return mean_over_texts(distance(queries, targets.queries), distance(documents, targets.documents), columns)
+        of_queries = distance(vectors[batch.queries], targets.queries)
+        if self.options.vector_teacher.asymmetric:
+            return of_queries.mean()
+        columns = torch.cat([batch.positives, batch.hard_negatives], dim=1)
+        return mean_over_texts(of_queries, distance(vectors[batch.documents], targets.documents), columns)
 
     def _terms(
         self, directions: Sequence[Direction], temperature: float | Tensor, prefix: int | None = None

@@ -23,17 +23,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from datamodules.packed import ContrastiveBatch
+from lightning_modules.callbacks.negatives import masked_and_positive
 from lightning_modules.chunked import embed
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.distributed.collectives import gather_rows, world_size
+from lightning_modules.distributed.collectives import world_size
 from lightning_modules.distributed.sharding import replica, sharded_gradients, slice_of
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.loading import merged
 from lightning_modules.loggers import log_picture
 from lightning_modules.loss_weights import loss_scaler
-from lightning_modules.losses import comparable, duplicate_mask, membership_mask
-from lightning_modules.objective import text_keys_of_queries
+from lightning_modules.losses import comparable
 from lightning_modules.pictures import write_expert_picture
 from lightning_modules.retrieval.compute import evaluating
 from lightning_modules.task_balance import TaskGradients
@@ -50,7 +50,8 @@ class Diagnostics(L.Callback):
         diag/<task>/gradient_norm               norm of the gradient with respect to parameters that all tasks share
         diag/<task>/gradient_cosine/<other>     cosine of these gradients of two tasks; below 0 they conflict
         diag/<task>/transplant/<other>          loss of the task with the expert, prompt or adapter of the other
-        diag/<task>/masked_share                share of documents masked as known positives or because of their text
+        diag/<task>/masked_share                share of documents that the loss masks: known positives, equal texts,
+                                                documents above a guide's margin, copies from other ranks
         diag/<task>/effective_negatives         perplexity of the softmax over a query's negatives
         diag/<task>/mean_cosine, /first_share   anisotropy of the vectors
         diag/experts/<one>-<other>/distance     relative distance of the parameters of two experts
@@ -160,26 +161,18 @@ class Diagnostics(L.Callback):
                     values[f"{task}/transplant/{other}"] = float(module.objective(transplanted, batch)["loss"])
                 vectors = embed(encoder, batch).vectors
                 values[f"{task}/transplant/{task}"] = float(module.objective(vectors, batch)["loss"])
-                values |= {f"{task}/{name}": value for name, value in _negatives(module, vectors, batch).items()}
+                values |= {f"{task}/{name}": value for name, value in negative_figures(module, vectors, batch).items()}
         return values
 
 
-def _negatives(module: ContrastiveModule, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, float]:
+def negative_figures(module: ContrastiveModule, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, float]:
     """Return figures on the vectors (U, D) of a batch, and on its negatives among the documents of all ranks."""
-    options, temperature = module.objective.options, module.objective.temperature(batch.task)
-    documents, ids = gather_rows(vectors[batch.documents]), gather_rows(batch.document_ids)
-    first = ~duplicate_mask(ids)
-    documents, ids = documents[first], ids[first]  # (M, D), (M,)
-    positive_ids = torch.where(batch.positives < 0, -1, batch.document_ids[batch.positives.clamp(min=0)])  # (B, P)
-    positives = membership_mask(positive_ids, ids)  # (B, M)
-    masked = torch.zeros_like(positives)
-    if options.mask_known_positives:
-        masked |= membership_mask(batch.known_positives, ids)
-    if options.mask_same_text and batch.text_keys is not None:
-        keys = gather_rows(batch.text_keys[batch.documents])[first]
-        masked |= membership_mask(text_keys_of_queries(batch), keys)
+    objective, temperature = module.objective, module.objective.temperature(batch.task)
+    direction, *_ = objective.directions(vectors, batch, objective.targets(batch))
     with torch.autocast(module.device.type, enabled=False):
-        queries, documents = (comparable(x, options.similarity) for x in (vectors[batch.queries], documents))
+        masked, positives = masked_and_positive(direction)  # (B, M)
+        queries = comparable(direction.queries, objective.options.similarity)
+        documents = comparable(direction.candidates, objective.options.similarity)
         mean_cosine, first_share = anisotropy(vectors)
         return {
             "masked_share": masked_share(positives, masked),

@@ -50,19 +50,20 @@ class NegativesReport(L.Callback):
 def count_negatives(batch: ContrastiveBatch, options: ObjectiveOptions) -> Tensor:
     """Return the number of negatives of each query of a batch, on all ranks, (B,). All ranks call this.
 
-    With a symmetric loss, the negatives of positive documents follow. A guide model may mask more of them.
+    With a symmetric loss, the counts of the positive documents follow those of the queries. Documents that only a guide
+    masks count as negatives.
     """
     queries, documents = (torch.zeros(len(rows), 1, device=rows.device) for rows in (batch.queries, batch.documents))
     directions = [query_to_document(queries, documents, batch, options)]
     if options.symmetric:
         directions.append(document_to_query(queries, documents, batch, options))
-    return gather_rows(torch.cat([_negatives(direction) for direction in directions]))
+    masks = map(masked_and_positive, directions)
+    return gather_rows(torch.cat([(~masked & ~is_positive).sum(1) for masked, is_positive in masks]))
 
 
-def _negatives(direction: Direction) -> Tensor:
-    """Return the number of candidates that are neither masked nor positive, (R,)."""
+def masked_and_positive(direction: Direction) -> tuple[Tensor, Tensor]:
+    """Return which candidates of each query are masked, and which are its positives, (R, C) bool each."""
     rows = slice(0, len(direction.queries))
     none = direction.positives.new_zeros(len(direction.queries), len(direction.candidates), dtype=torch.bool)
     masked = reduce(torch.logical_or, (mask(rows) for mask in direction.masks), none)
-    is_positive = none.scatter(1, fill_padding(direction.positives), True)
-    return (~masked & ~is_positive).sum(1)
+    return masked, none.scatter(1, fill_padding(direction.positives), True)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from datamodules.tasks import SearchDataModule
 from lightning_modules.callbacks.diagnostics import (
     OF_TASK,
     Diagnostics,
@@ -17,12 +18,15 @@ from lightning_modules.callbacks.diagnostics import (
     effective_negatives,
     expert_distances,
     masked_share,
+    negative_figures,
 )
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.loggers import JsonlLogger
+from lightning_modules.objective import FrozenEncoder
+from lightning_modules.objective_options import GuideOptions, VectorTeacherOptions
 from lightning_modules.optim import OptimOptions
 from lightning_modules.pictures import write_expert_picture
 from tests.conftest import TASKS
@@ -154,6 +158,33 @@ def test_logged_values_equal_numpy(make_encoder, three_tasks, tmp_path):
     assert of_tasks == set(OF_TASK)
     assert values["diag/experts/classification-search/distance"] > 0
     assert values["diag/seconds"] > 0
+
+
+def test_negatives_are_those_of_the_loss_with_a_guide_and_an_asymmetric_student(make_encoder, make_task):
+    """The student's own document vectors are never trained, and a document that the guide masks is not a negative."""
+    batch = make_task(SearchDataModule, carry_texts=True, batch_size=6).train_dataloader().batches[0]
+    teacher, guide = (FrozenEncoder(make_encoder("shared", seed=seed)) for seed in (5, 6))
+    module = ContrastiveModule(
+        make_encoder("shared"),
+        similarity="cosine",
+        temperature=0.05,
+        guide=GuideOptions("guide"),
+        guide_model=guide,
+        vector_teacher=VectorTeacherOptions("teacher", asymmetric=True),
+        vector_teacher_model=teacher,
+    )
+    vectors = module.embed(batch).vectors.detach()
+    figures = negative_figures(module, vectors, batch)
+    queries = torch.nn.functional.normalize(vectors[batch.queries], dim=1)
+    logits, guided = queries @ teacher.embed(batch).documents.T / 0.05, guide.embed(batch)
+    scores, ids = guided.queries @ guided.documents.T, batch.document_ids.tolist()
+    masked, positives = torch.zeros(2, *scores.shape, dtype=torch.bool)
+    for b, (positive, known) in enumerate(zip(batch.positives[:, 0].tolist(), batch.known_positives, strict=True)):
+        positives[b, positive] = True
+        masked[b] = torch.tensor([id in known.tolist() for id in ids]) | (scores[b] > scores[b, positive])
+    assert figures["masked_share"] == pytest.approx(masked_share(positives, masked))
+    assert figures["effective_negatives"] == pytest.approx(effective_negatives(logits, masked | positives), rel=1e-5)
+    assert (masked & ~positives).sum() > sum(len(set(k.tolist()) & set(ids)) - 1 for k in batch.known_positives)
 
 
 def texts_of(content):
