@@ -34,6 +34,11 @@ def query_of_values(lists: Ragged) -> np.ndarray:
     return np.repeat(np.arange(len(lists.starts) - 1), np.diff(lists.starts))
 
 
+def pair_keys(queries: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Return pairs of a query number and a value, (n,) each, as one number per pair."""
+    return queries << 32 | np.asarray(values, dtype=np.int64)
+
+
 def contained(rows: np.ndarray, lists: Ragged) -> np.ndarray:
     """Mask the candidates (Q, k) that are in their query's list."""
     values = lists.values.astype(np.int64)

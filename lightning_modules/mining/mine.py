@@ -29,7 +29,7 @@ from lightning_modules.mining.miners import DenseMiner, Miner, MiningContext
 from lightning_modules.mining.mining_options import MiningOptions
 from lightning_modules.mining.relabel import Judge, JudgeContext, relabel
 from lightning_modules.retrieval.compute import describe_device
-from lightning_modules.retrieval.search import Shards, pair_scores
+from lightning_modules.retrieval.search import Shards, pair_scores, row_scores
 from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_pool
 
 log = logging.getLogger(__name__)
@@ -303,8 +303,8 @@ class _BlockMiner:
         vectors: vectors of queries and documents. scores: scores of the candidates, if already known.
         """
         queries, documents = vectors
-        repeated = queries.gather(filters.query_of_values(positives) + block.start).astype(np.float64)  # (P, D)
-        positive_scores = np.einsum("pd,pd->p", repeated, documents.gather(positives.values).astype(np.float64))
+        query_rows = filters.query_of_values(positives) + block.start
+        positive_scores = row_scores(queries, documents, query_rows, positives.values, self.context.memory)
         positive = filters.positive_score(positive_scores, positives, self.options.positive)
         if scores is None:
             block_queries = queries.gather(np.arange(block.start, block.stop))

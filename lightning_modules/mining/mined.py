@@ -14,7 +14,7 @@ import numpy as np
 
 from datamodules.records import KEEP, MinedNegatives, MiningPool
 from lightning_modules.mining import filters
-from lightning_modules.mining.relabel import Relabelled
+from lightning_modules.mining.relabel import Relabelled, pairs_of
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,10 @@ def unrated(negatives: MinedNegatives, pools: Sequence[MiningPool]) -> Mined:
     """
     held_out, texts = list[np.ndarray](), list[np.ndarray]()
     for pool in pools:
-        starts = negatives.starts[pool.first_example : pool.first_example + len(pool.queries) + 1]
-        rows = np.asarray(negatives.documents[starts[0] : starts[-1]], dtype=np.int64) - pool.first_row
-        queries = np.repeat(np.arange(len(pool.queries)), np.diff(starts))
+        _, queries, rows = pairs_of(negatives, pool)
         judged = pool.held_out_positives
-        pairs = filters.query_of_values(judged) << 32 | judged.values.astype(np.int64)
-        held_out.append(np.isin(queries << 32 | rows, pairs))
+        judged_keys = filters.pair_keys(filters.query_of_values(judged), judged.values)
+        held_out.append(np.isin(filters.pair_keys(queries, rows), judged_keys))
         texts.append(filters.text_numbers(pool.corpus, ())[0][rows] + (texts[-1].max(initial=-1) + 1 if texts else 0))
     margins = np.full(len(negatives.documents), np.nan, dtype=np.float32)
     return Mined(negatives, margins, np.concatenate(held_out), np.concatenate(texts), 0, 0)

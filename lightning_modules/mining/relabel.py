@@ -22,10 +22,9 @@ from datamodules.records import DROP, KEEP, LABELS, POSITIVE, MinedNegatives, Mi
 from lightning_modules.encoders.backbone import installed
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.mining.filters import positive_score, query_of_values
-from lightning_modules.retrieval.search import Shards
+from lightning_modules.retrieval.search import row_scores
 from lightning_modules.retrieval.vector_cache import VectorCache, fingerprint, vectors_of_pool
 
-BLOCK = 16384  # number of pairs that are compared at a time
 NUM_EXAMPLES = 5  # of each decision, in a report
 
 
@@ -35,6 +34,13 @@ class Pairs(NamedTuple):
     pool: MiningPool
     queries: np.ndarray
     documents: np.ndarray
+
+
+def pairs_of(mined: MinedNegatives, pool: MiningPool) -> Pairs:
+    """Return the mined documents of one of the pools of a task."""
+    starts = mined.starts[pool.first_example : pool.first_example + len(pool.queries) + 1]
+    rows = np.asarray(mined.documents[starts[0] : starts[-1]], dtype=np.int64) - pool.first_row
+    return Pairs(pool, np.repeat(np.arange(len(pool.queries)), np.diff(starts)), rows)
 
 
 class Verdict(NamedTuple):
@@ -128,20 +134,10 @@ class GuideJudge(Judge):
         verdicts = []
         for pool, queries, documents in pairs:
             vectors = vectors_of_pool(cache, pool)
-            of_positives = _cosines(*vectors, query_of_values(pool.positives), pool.positives.values)
-            positive = positive_score(of_positives, pool.positives, "mean")  # (Q,)
-            verdicts.append(self.by_score(_cosines(*vectors, queries, documents) - positive[queries]))
+            positive_scores = row_scores(*vectors, query_of_values(pool.positives), pool.positives.values)
+            positive = positive_score(positive_scores, pool.positives, "mean")  # (Q,)
+            verdicts.append(self.by_score(row_scores(*vectors, queries, documents) - positive[queries]))
         return verdicts
-
-
-def _cosines(query_vectors: Shards, document_vectors: Shards, queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    """Return the dot products of pairs of query numbers and document rows, (j,)."""
-    scores = np.empty(len(queries))
-    for first in range(0, len(queries), BLOCK):
-        part = slice(first, first + BLOCK)
-        pairs = query_vectors.gather(queries[part]), document_vectors.gather(documents[part])
-        scores[part] = np.einsum("jd,jd->j", *(vectors.astype(np.float64) for vectors in pairs))
-    return scores
 
 
 class FileJudge(Judge):
@@ -166,12 +162,14 @@ class FileJudge(Judge):
         judgements = self._read(context.pools)
         verdicts = []
         for pool, queries, documents in pairs:
-            found = [
+            values = [
                 judgements.get((pool.queries[query].id, pool.corpus[row].id), math.nan)
                 for query, row in zip(queries.tolist(), documents.tolist(), strict=True)
             ]
-            labels = np.array([LABELS.index(value) if isinstance(value, str) else -1 for value in found], dtype=np.int8)
-            scores = np.array([math.nan if isinstance(value, str) else value for value in found], dtype=np.float64)
+            labels = np.array(
+                [LABELS.index(value) if isinstance(value, str) else -1 for value in values], dtype=np.int8
+            )
+            scores = np.array([math.nan if isinstance(value, str) else value for value in values], dtype=np.float64)
             by_score = self.by_score(scores)
             verdicts.append(Verdict(np.where(labels >= 0, labels, by_score.labels), scores))
         return verdicts
@@ -216,7 +214,7 @@ class FileJudge(Judge):
 
 
 class Relabelled(NamedTuple):
-    """What a judge did with the mined documents of a task.
+    """Decisions of a judge on the mined documents of a task.
 
     judge: description of the judge.
     counts: number of documents with each label.
@@ -230,13 +228,7 @@ class Relabelled(NamedTuple):
 
 def relabel(mined: MinedNegatives, judge: Judge, task: str, context: JudgeContext) -> tuple[MinedNegatives, Relabelled]:
     """Return the mined negatives of a task with the decisions of a judge. All ranks call this together."""
-    pools = [pool for pool in context.pools if pool.task == task]
-    pairs, parts = [], []
-    for pool in pools:
-        starts = mined.starts[pool.first_example : pool.first_example + len(pool.queries) + 1]
-        parts.append(slice(int(starts[0]), int(starts[-1])))
-        numbers = np.repeat(np.arange(len(pool.queries)), np.diff(starts))
-        pairs.append(Pairs(pool, numbers, np.asarray(mined.documents[parts[-1]], dtype=np.int64) - pool.first_row))
+    pairs = [pairs_of(mined, pool) for pool in context.pools if pool.task == task]
     verdicts = judge.judge(pairs, context)
     labels = np.concatenate([verdict.labels for verdict in verdicts]).astype(np.int8)
     counts = {name: int((labels == label).sum()) for label, name in enumerate(LABELS)}
@@ -246,7 +238,7 @@ def relabel(mined: MinedNegatives, judge: Judge, task: str, context: JudgeContex
 
 def _examples(pairs: Sequence[Pairs], verdicts: Sequence[Verdict], label: int) -> list[dict[str, Any]]:
     """Return the pairs with a label that have the highest scores, at most NUM_EXAMPLES."""
-    found: list[dict[str, Any]] = []
+    examples: list[dict[str, Any]] = []
     for (pool, queries, documents), verdict in zip(pairs, verdicts, strict=True):
         rows = np.flatnonzero(verdict.labels == label)
         order = rows[np.argsort(-np.nan_to_num(verdict.scores[rows], nan=-np.inf), kind="stable")[:NUM_EXAMPLES]]
@@ -257,5 +249,5 @@ def _examples(pairs: Sequence[Pairs], verdicts: Sequence[Verdict], label: int) -
                 "query_text": query.title or query.text[:80],
                 "title": paper.title or paper.text[:80],
             }
-            found.append({"label": LABELS[label], "query": query.id, "paper": paper.id, "score": score} | texts)
-    return sorted(found, key=lambda example: -(example["score"] or 0.0))[:NUM_EXAMPLES]
+            examples.append({"label": LABELS[label], "query": query.id, "paper": paper.id, "score": score} | texts)
+    return sorted(examples, key=lambda example: -(example["score"] or 0.0))[:NUM_EXAMPLES]

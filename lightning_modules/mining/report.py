@@ -12,7 +12,7 @@ import numpy as np
 
 from datamodules.files import read_json, write_json
 from datamodules.records import MinedNegatives, Ragged, UserError, reason
-from lightning_modules.mining.filters import query_of_values
+from lightning_modules.mining.filters import pair_keys, query_of_values
 from lightning_modules.pictures import box, document, text
 
 if TYPE_CHECKING:  # they import torch, which commands that read a report do not need
@@ -96,7 +96,7 @@ def reports_of(mined: Mapping[str, Mined], step: int, previous: Any = None) -> d
 
 def _pairs(starts: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return the distinct (query, value) pairs, each as one number."""
-    return np.unique(query_of_values(Ragged(starts, values)) * (1 << 32) + values.astype(np.int64))
+    return np.unique(pair_keys(query_of_values(Ragged(starts, values)), values))
 
 
 def check_false_negatives(reports: Mapping[str, Mapping[str, float]], stop_at: float | None) -> None:

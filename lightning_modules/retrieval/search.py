@@ -40,7 +40,7 @@ class Shards(Sequence[np.ndarray]):
 
     def __init__(self, parts: Sequence[Array], prepare: Callable[[np.ndarray], np.ndarray] | None = None):
         self.parts = [part.numpy() if isinstance(part, Tensor) else part for part in parts]
-        self.prepare = prepare or np.asarray  # not a lambda, because worker processes get teacher vectors
+        self.prepare = prepare or np.asarray  # not a lambda: teacher vectors are pickled for worker processes
         self.starts = np.cumsum([0, *(len(part) for part in self.parts)])
 
     def __len__(self) -> int:
@@ -136,6 +136,19 @@ def pair_scores(queries: np.ndarray, documents: Shards, rows: np.ndarray, memory
             "qd,qwd->qw", queries[first : first + step].astype(np.float64), vectors
         )
     return np.where(rows < 0, -np.inf, scores)
+
+
+def row_scores(
+    queries: Shards, documents: Shards, query_rows: np.ndarray, document_rows: np.ndarray, memory: int = MEMORY
+) -> np.ndarray:
+    """Return the float64 scores (n,) of pairs of a query's row (n,) and a document's row (n,)."""
+    scores = np.empty(len(query_rows))
+    step = max(1, memory // (24 * queries[0].shape[1]))
+    for first in range(0, len(query_rows), step):
+        part = slice(first, first + step)
+        vectors = queries.gather(query_rows[part]), documents.gather(document_rows[part])
+        scores[part] = np.einsum("nd,nd->n", *(each.astype(np.float64) for each in vectors))
+    return scores
 
 
 def _best(

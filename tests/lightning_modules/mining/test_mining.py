@@ -16,8 +16,9 @@ from lightning_modules.mining import mine as mine_module
 from lightning_modules.mining.mine import Mined, Mining, MiningOptions, mine, text_numbers
 from lightning_modules.mining.miners import BM25Miner, DenseMiner, RandomMiner
 from lightning_modules.mining.report import FIGURES, check_false_negatives, histograms, metrics, report, svg, table
+from lightning_modules.retrieval.search import Shards
 from lightning_modules.retrieval.vector_cache import VectorCache
-from tests.conftest import toy_collection
+from tests.conftest import text_of, toy_collection
 from tests.forked import Forked, run_all
 
 
@@ -398,6 +399,29 @@ def test_documents_have_the_vectors_of_another_model(make_task, make_encoder):
     larger = VectorCache(make_encoder("shared", config={"hidden_size": 48}), similarity="cosine")
     with pytest.raises(UserError, match="document_vectors: expected 32 dimensions, .* got 48"):
         mine(student, pool, None, options, document_vectors=larger)
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_memory_bounds_the_vectors_of_the_positives(make_task, make_encoder, monkeypatch, guided):
+    """All positives of a block of queries were read at once, and converted to float64."""
+    corpus = {f"d{i}": Document(f"d{i}", text_of(i), text_of(i, i + 3)) for i in range(10)}
+    queries = {f"q{i}": Document(f"q{i}", "", text_of(i, i + 7)) for i in range(200)}
+    qrels = {query: {f"d{(i + j) % 10}": 1 for j in range(8)} for i, query in enumerate(queries)}
+    (pool,) = make_task(SearchDataModule, collection=Collection(corpus, queries, {"train": qrels})).pools()
+    encoder, counts, gather = make_encoder("shared"), [], Shards.gather
+
+    def counting(shards, rows):
+        counts.append(len(rows))
+        return gather(shards, rows)
+
+    monkeypatch.setattr(Shards, "gather", counting)
+    guide = VectorCache(encoder, similarity="cosine") if guided else None
+    mined = mine(encoder, pool, None, MiningOptions(k=10, memory_mb=1), similarity="cosine", guide=guide)
+    assert len(pool.positives.values) == 1600
+    assert max(counts) * 24 * encoder.dimension <= 1 << 20
+    plain = mine(encoder, pool, None, MiningOptions(k=10), similarity="cosine", guide=guide)
+    np.testing.assert_array_equal(mined.margins, plain.margins)
+    assert lists_of(mined) == lists_of(plain)
 
 
 @pytest.mark.parametrize("field", ["corpus", "queries"])
