@@ -15,11 +15,10 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from datamodules.packed import ContrastiveBatch
-from lightning_modules.distributed.collectives import world_size
+from lightning_modules.distributed.collectives import mean_over_ranks
 from lightning_modules.parts import check_task_names
 
 log = logging.getLogger(__name__)
@@ -66,9 +65,7 @@ class LossRecorder(L.Callback):
         """Return the sums of this step as means over ranks, (T,), and set them to 0."""
         losses = self.losses.clone()
         self.losses.zero_()
-        if world_size() > 1:
-            dist.all_reduce(losses)
-        return losses / world_size()
+        return mean_over_ranks(losses)
 
     def log_weights(self, trainer: L.Trainer, weights: Tensor, every_n_steps: int) -> None:
         """Log the weights of an optimizer step, (T,), if its number is a multiple of every_n_steps."""

@@ -26,12 +26,11 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from datamodules.records import UserError
-from lightning_modules.distributed.collectives import world_size
+from lightning_modules.distributed.collectives import mean_over_ranks
 from lightning_modules.loss_weights import LossRecorder
 from lightning_modules.objective_options import check_balance_packages
 
@@ -141,9 +140,7 @@ class TaskGradients:
             parameter.grad = None
 
     def average_over_ranks(self) -> None:
-        if world_size() > 1:
-            dist.all_reduce(self.values)
-            self.values /= world_size()
+        mean_over_ranks(self.values)
 
     def shared(self) -> np.ndarray:
         """Return whether all tasks have a gradient for a parameter. Raises UserError if they share no parameter."""

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from datamodules.records import Benchmark
 from experiments.build.models import System
 from experiments.results.results import Benchmarks, BenchmarkTable, Cost, SystemResult
 from experiments.shared.progress import Progress
-from lightning_modules.distributed.collectives import world_size
+from lightning_modules.distributed.collectives import gather_objects
 from lightning_modules.distributed.signals import leave_if_asked
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.memory import Memory
@@ -157,9 +156,7 @@ class CostMeter:
         if usage["texts"] and encode_seconds:
             speed = {f"{unit}_per_second": round(usage[unit] / encode_seconds, 1) for unit in ("texts", "tokens")}
             speed["mfu"] = round(usage["flops"] / encode_seconds / encoder_ceiling(self.encoder, self.dtype), 4)
-        ranks = [usage] * world_size()
-        if len(ranks) > 1:
-            dist.all_gather_object(ranks, usage)
+        ranks = gather_objects(usage)
         return Cost(
             texts=sum(rank["texts"] for rank in ranks),
             tokens=sum(rank["tokens"] for rank in ranks),

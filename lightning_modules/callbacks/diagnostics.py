@@ -26,7 +26,7 @@ from datamodules.packed import ContrastiveBatch
 from lightning_modules.callbacks.negatives import masked_and_positive
 from lightning_modules.chunked import embed
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.distributed.collectives import world_size
+from lightning_modules.distributed.collectives import mean_over_ranks
 from lightning_modules.distributed.sharding import replica, sharded_gradients, slice_of
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
@@ -93,10 +93,8 @@ class Diagnostics(L.Callback):
         with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
             encoder = merged(replica(module.encoder))
             values = self._gradients(trainer, module) | self._vectors(trainer, module, encoder)
-        if world_size() > 1:
-            means = torch.tensor(list(values.values()), dtype=torch.float64, device=module.device)
-            dist.all_reduce(means)
-            values = dict(zip(values, (means / world_size()).tolist(), strict=True))
+        means = mean_over_ranks(torch.tensor(list(values.values()), dtype=torch.float64, device=module.device))
+        values = dict(zip(values, means.tolist(), strict=True))
         values |= {f"experts/{name}": value for name, value in expert_distances(encoder).items()}
         values |= {f"stitches/{name}": value for name, value in mean_stitches(encoder).items()}
         values["seconds"] = time.perf_counter() - started

@@ -12,6 +12,7 @@ import lightning as L
 
 from datamodules.records import MiningPool, UserError
 from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.distributed.collectives import from_first_rank
 from lightning_modules.distributed.sharding import replica
 from lightning_modules.distributed.signals import Preempted
 from lightning_modules.loggers import log_histograms, log_picture
@@ -70,7 +71,7 @@ class HardNegativeMining(L.Callback):
         documents = module.document_vectors
         meta |= {"document_model": documents.fingerprint if documents else None} | self.mining.judging
         # The run may have been killed after this mining and before the next checkpoint. One rank decides for all.
-        values: Any = trainer.strategy.broadcast(_finished(data.rounds, name, meta) if trainer.is_global_zero else None)
+        values = from_first_rank(_finished(data.rounds, name, meta) if trainer.is_global_zero else None)
         if values is not None:
             log.info("step %d: these hard negatives have already been mined", step)
         else:

@@ -13,14 +13,13 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import RichProgressBar
 from torch import Tensor
 
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from lightning_modules.contrastive import ContrastiveModule
-from lightning_modules.distributed.collectives import rank, world_size
+from lightning_modules.distributed.collectives import gather_objects, mean_over_ranks, rank
 from lightning_modules.loggers import RunLogger
 from lightning_modules.memory import Memory
 from lightning_modules.throughput import ThroughputMeter, computing_dtype, encoder_ceiling, pads_attention
@@ -120,10 +119,7 @@ class TrainingLog(L.Callback):
         names = [(task, name) for task in sorted(self.sums) for name in sorted(self.sums[task])]
         if not names:
             return {}
-        sums = torch.stack([self.sums[task][name] for task, name in names])
-        if world_size() > 1:
-            dist.all_reduce(sums)
-            sums /= world_size()
+        sums = mean_over_ranks(torch.stack([self.sums[task][name] for task, name in names]))
         totals: dict[str, dict[str, float]] = defaultdict(dict)
         for (task, name), total in zip(names, sums.tolist(), strict=True):
             totals[task][name] = total
@@ -184,9 +180,7 @@ class RankReport(L.Callback):
         self.printed = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        precisions = [str(trainer.precision)] * world_size()
-        if world_size() > 1:
-            dist.all_gather_object(precisions, str(trainer.precision))
+        precisions = gather_objects(str(trainer.precision))
         if len(set(precisions)) > 1:
             by_rank = ", ".join(f"rank {i} {precision}" for i, precision in enumerate(precisions))
             raise UserError(f"precision: must be the same on all ranks, got {by_rank}; set fp32 or bf16")
@@ -198,11 +192,8 @@ class RankReport(L.Callback):
             return
         self.printed = True
         name = f"rank {rank()} ({module.device} on {platform.node()})"
-        load = RankLoad(name, len(batch.queries), len(batch.documents), memory(module.device))
-        loads = [load] * world_size()
-        if world_size() > 1:
-            dist.all_gather_object(loads, load)
-        for load in loads:
+        own = RankLoad(name, len(batch.queries), len(batch.documents), memory(module.device))
+        for load in gather_objects(own):
             log.info("%s: %d queries, %d documents, %s", load.name, load.num_queries, load.num_documents, load.memory)
 
 

@@ -48,6 +48,22 @@ def from_first_rank(value: Any) -> Any:
     return values[0]
 
 
+def gather_objects(value: Result) -> list[Result]:
+    """Return the values of all ranks, in rank order."""
+    values = [value] * world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Replace a tensor by its mean over ranks, and return it."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
 def largest(number: int) -> int:
     """Return the largest number of any rank."""
     if world_size() == 1:
@@ -79,8 +95,7 @@ def together(work: Callable[[], Result]) -> Result:
     except Exception as raised:
         error = raised
     is_mistake = isinstance(error, UserError)
-    messages: list[tuple[bool, str] | None] = [None] * world_size()
-    dist.all_gather_object(messages, error and (is_mistake, str(error) if is_mistake else repr(error)))
+    messages = gather_objects(None if error is None else (is_mistake, str(error) if is_mistake else repr(error)))
     if error is not None and not is_mistake:
         raise error
     for number, message in enumerate(messages):

@@ -12,15 +12,15 @@ import logging
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from datamodules.records import KEEP, LABELS, MinedNegatives, MiningPool, Ragged, UserError
-from lightning_modules.distributed.collectives import rank, together, world_size
+from lightning_modules.distributed.collectives import gather_objects, rank, together, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.mining import filters
 from lightning_modules.mining.filters import Sieve, text_numbers
@@ -95,11 +95,8 @@ def mine(
     block_miner = _BlockMiner(pool, miner, options, context, vectors_of_pool(guide, pool) if guide else None, seeds)
     blocks = [range(first, min(first + BLOCK, len(pool.queries))) for first in range(0, len(pool.queries), BLOCK)]
     mined = together(lambda: [(block.start, block_miner.mine(block)) for block in blocks[rank() :: world_size()]])
-    if world_size() > 1:
-        shares = [mined] * world_size()
-        dist.all_gather_object(shares, mined)
-        mined = sorted((each for share in shares for each in share), key=lambda each: each[0])
-    return joined([each for _, each in mined])
+    by_start = dict(chain.from_iterable(gather_objects(mined)))
+    return joined([by_start[block.start] for block in blocks])
 
 
 class Mining:

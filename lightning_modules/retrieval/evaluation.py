@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch.distributed as dist
 
 from datamodules.records import SIMILARITIES, Benchmark, UserError, check_choice
-from lightning_modules.distributed.collectives import rank, world_size
+from lightning_modules.distributed.collectives import gather_objects, rank, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval import trec
 from lightning_modules.retrieval.metrics import (
@@ -312,11 +311,7 @@ def _ranking_values(run: Run, benchmark: Benchmark, names: Sequence[str]) -> tup
 
 def gather_query_values(values: QueryValues) -> QueryValues:
     """Return the measurements of all ranks. A query counts once, however many ranks measured it."""
-    if world_size() == 1:
-        return values
-    shares: list[QueryValues] = [values] * world_size()
-    dist.all_gather_object(shares, values)
-    return merge_query_values(shares)
+    return merge_query_values(gather_objects(values))
 
 
 def merge_query_values(shares: Sequence[QueryValues]) -> QueryValues:
@@ -360,8 +355,7 @@ def gather_run(run: Run) -> Run:
     """Return the rankings of all ranks as one run, in the order of the benchmark's queries."""
     if world_size() == 1:
         return run
-    shares: list[Run] = [run] * world_size()
-    dist.all_gather_object(shares, run)
+    shares = gather_objects(run)
     queries = [query for share in shares for query in share.queries]
     turns = [range(r, len(queries), world_size()) for r in range(world_size())]  # ranks take turns at the queries
     order = np.argsort(np.concatenate(turns))

@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 from datamodules.records import UserError
 from experiments import doctor
@@ -102,12 +101,10 @@ def test_final_table_of_bf16_training_equals_evaluation_in_fp32(tmp_path, capsys
 
 
 def test_ranks_with_different_precision_raise_user_error(monkeypatch):
-    monkeypatch.setattr(training_log, "world_size", lambda: 2)
     fake = SimpleNamespace(precision="32-true")
-    monkeypatch.setattr(dist, "all_gather_object", lambda objects, own: objects.__setitem__(slice(None), [own, own]))
+    monkeypatch.setattr(training_log, "gather_objects", lambda own: [own, own])
     training_log.RankReport().on_train_start(fake, None)
-    others = ["32-true", "bf16-mixed"]
-    monkeypatch.setattr(dist, "all_gather_object", lambda objects, own: objects.__setitem__(slice(None), others))
+    monkeypatch.setattr(training_log, "gather_objects", lambda own: [own, "bf16-mixed"])
     with pytest.raises(UserError, match=r"rank 0 32-true, rank 1 bf16-mixed; set fp32 or bf16"):
         training_log.RankReport().on_train_start(fake, None)
 
