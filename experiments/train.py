@@ -40,8 +40,8 @@ from experiments.run.endings import describe_resuming, exit_status, name_lost_ra
 from experiments.run.folder import (
     RunFolder,
     check_same_data,
+    manifest_of,
     open_run,
-    read_manifest,
     record_end,
     record_start,
     write_config,
@@ -167,7 +167,7 @@ def keep_start(config: Config, module: ContrastiveModule, folder: RunFolder) -> 
     path = folder.path / START
     if not config.trainer.start_share:
         return False
-    recorded = read_manifest(folder.manifest) if folder.checkpoint and folder.manifest.is_file() else {}
+    recorded = manifest_of(folder.path) if folder.checkpoint else {}
     if recorded.get("start", start_of(config)) is None:
         log.warning("trainer.start_share has no effect: the weights before training are random")
         return False

@@ -16,7 +16,7 @@ from datamodules.records import UserError
 from experiments.config.experiment import read_config
 from experiments.config.run_config import runs_there
 from experiments.results.results import Results, read_results
-from experiments.run.folder import read_manifest
+from experiments.run.folder import manifest_of
 from experiments.run.trials import read_rows
 from lightning_modules.mining.report import read_values
 
@@ -82,8 +82,7 @@ class RunFiles:
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:
-        path = self.path / MANIFEST
-        return read_manifest(path) if path.is_file() else {}
+        return manifest_of(self.path)
 
     @cached_property
     def results(self) -> Results | None:

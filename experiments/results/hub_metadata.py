@@ -1,4 +1,4 @@
-"""What the Hugging Face hub reads at the top of a README.md, and names of models without local paths."""
+"""Front matter of a model card on the Hugging Face hub, and names of models without local paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCardData, metadata_load
 from experiments.config.experiment import read_config
 from experiments.config.run_config import run_of
 from experiments.results.results import BenchmarkTable
-from experiments.run.folder import read_manifest
+from experiments.run.folder import manifest_of
 from experiments.shared.output import name_of
 from lightning_modules.encoders.backbone import PACKAGE, package_folder
 
@@ -95,10 +95,8 @@ def _datasets(run: Path) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def start_of_run(run: Path) -> str | None:
+def start_of_run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str | None:
     """Return the model that a run started from, None for random weights."""
-    config, path = read_config(run), run / "manifest.json"
-    manifest: dict[str, Any] = read_manifest(path) if path.is_file() else {}
     extended, backbone = config.get("extend", {}).get("model"), config.get("backbone", {}).get("name")
     return manifest.get("start", extended or config.get("init_from") or backbone)
 
@@ -106,7 +104,7 @@ def start_of_run(run: Path) -> str | None:
 def _first_start(run: Path) -> str | None:
     """Return the model that a run started from. If that is a run too, return what that one started from."""
     for _ in range(LONGEST_CHAIN):
-        start = start_of_run(run)
+        start = start_of_run(read_config(run), manifest_of(run))
         previous = run_of(start) if start else None
         if previous is None:
             return start

@@ -20,7 +20,7 @@ from experiments.results.hub_metadata import (
     without_paths,
 )
 from experiments.results.results import BenchmarkTable, Results, read_results
-from experiments.run.folder import read_manifest
+from experiments.run.folder import manifest_of
 from experiments.shared.plain import plain
 from experiments.shared.table_formats import Column, Table, as_markdown, escape_markdown, markdown_table
 from lightning_modules.encoders.base import Encoder
@@ -70,9 +70,10 @@ def write_card(
         _usage(encoder, similarity, task, hub.repository or "THIS FOLDER"),
         _encoder(encoder, source, origin, similarity),
     ]
+    manifest = manifest_of(run) if run else {}
     if run is not None:
-        sections += _training(run, task)
-    if results is not None and (task in ("", "average") or task in _trained_tasks(run)):
+        sections += _training(read_config(run), manifest, task)
+    if results is not None and (task in ("", "average") or task in _trained_tasks(manifest)):
         sections.append(_results(results, measured, task))
     if recipe := next((path for path in (folder / RECIPE, Path(source) / RECIPE) if path.is_file()), None):
         sections.append(_merge(recipe))
@@ -155,20 +156,15 @@ def _encoder(encoder: Encoder, source: str, origin: str, similarity: str) -> str
     return "## Encoder\n\n" + markdown_table(["", ""], list(properties.items()))
 
 
-def _trained_tasks(run: Path) -> set[str]:
-    """Return the tasks that a run trained, according to its manifest."""
-    return {entry["task"] for entry in _manifest(run).get("data", {}).values()}
+def _trained_tasks(manifest: Mapping[str, Any]) -> set[str]:
+    """Return the tasks that a run trained."""
+    return {entry["task"] for entry in manifest.get("data", {}).values()}
 
 
-def _manifest(run: Path) -> Mapping[str, Any]:
-    return read_manifest(run / "manifest.json") if (run / "manifest.json").is_file() else {}
-
-
-def _training(run: Path, task: str) -> list[str]:
+def _training(config: Mapping[str, Any], manifest: Mapping[str, Any], task: str) -> list[str]:
     """Return the sections on the data and the training of a run."""
-    config, manifest, sections = read_config(run), _manifest(run), []
-    data = manifest.get("data", {})
-    if task not in ("", "average") and data and task not in _trained_tasks(run):
+    sections, data = [], manifest.get("data", {})
+    if task not in ("", "average") and data and task not in _trained_tasks(manifest):
         extend = config.get("extend", {})
         name = escape_markdown(without_paths(extend.get("model") or "its start"))
         vectors = f"Its vectors are those of {name}." if extend.get("freeze", True) else f"It started from {name}."
@@ -183,18 +179,18 @@ def _training(run: Path, task: str) -> list[str]:
             text += "\n\nThese papers are synthetic, for trying things out. The model knows nothing about real ones."
         sections.append(f"## Training data\n\n{text}")
     if manifest:
-        sections.append(_run(run, config, manifest))
+        sections.append(_run(config, manifest))
     return sections
 
 
-def _run(run: Path, config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
+def _run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     attempts = manifest.get("attempts", [])
     commands = [
         plain(shlex.join(["python", "-m", "experiments.train", *public_command(attempt["command"][1:])]))
         for attempt in attempts
     ]
     seconds = sum(attempt.get("seconds") or 0 for attempt in attempts)
-    start = start_of_run(run)
+    start = start_of_run(config, manifest)
     text = (
         f"{config['trainer']['max_steps']} steps of {config['data']['batch_size']} queries, learning rate "
         f"{config['optim']['lr']}, seed {config['run']['seed']}, {seconds:.0f} seconds in total. The run started from "

@@ -87,7 +87,7 @@ class RunFolder:
 
     def recorded_precision(self) -> str | None:
         """Return the precision that a resumed run must keep, even on another machine; None for a new run."""
-        return read_manifest(self.manifest).get("precision") if self.checkpoint and self.manifest.is_file() else None
+        return manifest_of(self.path).get("precision") if self.checkpoint else None
 
 
 def open_run(config: Config) -> RunFolder:
@@ -115,11 +115,11 @@ def open_run(config: Config) -> RunFolder:
 
 def _was_started_by_this_job(path: Path) -> bool:
     """Return whether this SLURM job started the run, before it was put back into the queue."""
-    job, manifest = launch.slurm_job(), path / "manifest.json"
-    if job is None or not manifest.is_file():
+    job = launch.slurm_job()
+    if job is None:
         return False
     try:
-        return any(attempt.get("job") == job for attempt in read_manifest(manifest)["attempts"])
+        return any(attempt.get("job") == job for attempt in manifest_of(path).get("attempts", ()))
     except UserError:
         return False
 
@@ -204,10 +204,10 @@ def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule
             f"run.dir: the data are not those of the run in {folder.path} ({'; '.join(differences)}). Restore the data "
             "or choose another run.dir, or use run.resume=never to start over and keep the old run under another name."
         )
-    then, now = _cache_of(folder.path), config.data.cache
-    if folder.complete or bool(then) == bool(now) or not folder.manifest.is_file():
+    then, now, manifest = _cache_of(folder.path), config.data.cache, manifest_of(folder.path)
+    if folder.complete or bool(then) == bool(now) or not manifest:
         return
-    recorded, current = read_manifest(folder.manifest)["data"], describe_data(data)
+    recorded, current = manifest["data"], describe_data(data)
     # In memory and in the cache, the same collection has different fingerprints, which the schedule depends on.
     if any(_part(recorded, name, "fingerprint") != _part(current, name, "fingerprint") for name in current):
         raise UserError(
@@ -223,9 +223,7 @@ def _cache_of(path: Path) -> str | None:
 
 def data_differences(path: Path, config: Config, data: MultiTaskDataModule) -> list[str]:
     """Return how the data differ from those that a run was started with. path: folder of the run."""
-    if not (path / "manifest.json").is_file():
-        return []
-    then, now = read_manifest(path / "manifest.json")["data"], describe_data(data)
+    then, now = manifest_of(path).get("data", {}), describe_data(data)
     # Collections in memory and in the cache have different fingerprints.
     keys = ("documents", "queries", *(["fingerprint"] if bool(_cache_of(path)) == bool(config.data.cache) else []))
     return [
@@ -281,7 +279,7 @@ def record_start(
     """
     if launch.rank() > 0:
         return
-    manifest = read_manifest(folder.manifest) if folder.manifest.is_file() else {"attempts": []}
+    manifest = manifest_of(folder.path) or {"attempts": []}
     attempt = {"command": sys.argv, "started": time.strftime("%Y-%m-%d %H:%M:%S"), "devices": devices, "seconds": None}
     if job := launch.slurm_job():
         attempt["job"] = job
@@ -304,11 +302,17 @@ def record_end(folder: RunFolder, seconds: float) -> None:
     """On the first rank, record in the manifest how long this attempt trained."""
     if launch.rank() > 0:
         return
-    if not folder.manifest.is_file():
+    manifest = manifest_of(folder.path)
+    if not manifest:
         raise UserError(f"run.dir: {folder.path} was deleted or moved during the training")
-    manifest = read_manifest(folder.manifest)
     manifest["attempts"][-1]["seconds"] = round(seconds, 1)
     write_json(folder.manifest, manifest)
+
+
+def manifest_of(run: Path) -> dict[str, Any]:
+    """Return the manifest of a run, or {} if it has none yet. run: its folder."""
+    path = run / "manifest.json"
+    return read_manifest(path) if path.is_file() else {}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
