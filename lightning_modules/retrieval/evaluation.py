@@ -102,14 +102,15 @@ class BenchmarkResult:
             return
         name = f"{self.benchmark.name}.{system}"
         if whole_run is None:
-            trec.write_draws(self.draws, folder / f"{name}.draws.tsv")
+            draws = ((str(number), metrics.values()) for number, metrics in enumerate(self.draws, start=1))
+            trec.write_table(("draw", *self.metrics), draws, folder / f"{name}.draws.tsv")
         else:
             assert self.query_values is not None
             values = self.query_values
             trec.write_trec(whole_run, folder / f"{name}.trec", system)
             ids = list(self.benchmark.queries)
             rows = ((ids[query], row) for query, row in zip(values.queries, values.values.tolist(), strict=True))
-            trec.write_query_values(values.metrics, rows, folder / f"{name}.queries.tsv")
+            trec.write_table(("query", *values.metrics), rows, folder / f"{name}.queries.tsv")
         trec.write_qrels(self.benchmark.qrels, folder / f"{self.benchmark.name}.qrels")
 
 

@@ -10,7 +10,6 @@ Shapes: Q queries, M documents, D dimensions, k documents per query.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +17,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from datamodules.files import atomic_file
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, explained
 from lightning_modules.retrieval.search import Advance, Shards, pair_scores, top_k
 
 BLOCK = 65536  # number of vectors that are added at a time
@@ -139,14 +139,9 @@ def measure_recall(
 
 def write_index(index: Any, path: Path) -> None:
     """Write an index atomically. Raises UserError if the file cannot be written."""
-    faiss, partial = _faiss(), path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        faiss.write_index(index, str(partial))
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[-1]})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    faiss = _faiss()
+    with explained(f"{path}: cannot be written", OSError, RuntimeError), atomic_file(path) as file:
+        faiss.write_index(index, str(file.name))
 
 
 def read_index(path: Path) -> Any:

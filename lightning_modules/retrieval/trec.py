@@ -6,8 +6,9 @@ the percent sign: "Computer science" is Computer%20science.
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -34,40 +35,32 @@ def decode_id(text: str) -> str:
 def write_trec(run: Run, path: Path, tag: str) -> None:
     """Write a run for trec_eval: query Q0 document rank score tag. Scores are written exactly."""
     tag, digits = encode_id(tag), 9 if run.scores.dtype == np.float32 else 17
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as lines:
-        documents = run.documents
-        for query, indices, scores in zip(map(encode_id, run.queries), run.indices, run.scores, strict=True):
-            for position, (index, score) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True), start=1):
-                if index >= 0:
-                    document = encode_id(documents[index])
-                    lines.write(f"{query} Q0 {document} {position} {score:.{digits}g} {tag}\n".encode())
+    ranked = zip(map(encode_id, run.queries), run.indices, run.scores, strict=True)
+    lines = (
+        f"{query} Q0 {encode_id(run.documents[index])} {position} {score:.{digits}g} {tag}"
+        for query, indices, scores in ranked
+        for position, (index, score) in enumerate(zip(indices.tolist(), scores.tolist(), strict=True), start=1)
+        if index >= 0
+    )
+    _write_lines(path, lines)
 
 
 def write_qrels(qrels: Qrels, path: Path) -> None:
     """Write judgements for trec_eval: query 0 document grade."""
+    judged = ((encode_id(query), grades) for query, grades in qrels.items())
+    _write_lines(
+        path, (f"{query} 0 {encode_id(id)} {grade}" for query, grades in judged for id, grade in grades.items())
+    )
+
+
+def write_table(header: Sequence[str], rows: Iterable[tuple[str, Iterable[float]]], path: Path) -> None:
+    """Write a tab-separated table of exact numbers. rows: id or name, and the value of each metric."""
+    cells = ((encode_id(name), *(f"{value:.17g}" for value in values)) for name, values in rows)
+    _write_lines(path, map("\t".join, itertools.chain([header], cells)))
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as lines:
-        for query, grades in qrels.items():
-            query = encode_id(query)
-            for document, grade in grades.items():
-                lines.write(f"{query} 0 {encode_id(document)} {grade}\n".encode())
-
-
-def write_draws(draws: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Write a table of the metrics of each draw in few-shot learning."""
-    rows = ((str(number), metrics.values()) for number, metrics in enumerate(draws, start=1))
-    _write_table(("draw", *draws[0]), rows, path)
-
-
-def write_query_values(metrics: Sequence[str], rows: Iterable[tuple[str, Iterable[float]]], path: Path) -> None:
-    """Write a table of the metrics of each counted query. rows: query id and the value of each metric."""
-    _write_table(("query", *metrics), rows, path)
-
-
-def _write_table(header: Sequence[str], rows: Iterable[tuple[str, Iterable[float]]], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as lines:
-        lines.write(("\t".join(header) + "\n").encode())
-        for name, values in rows:
-            lines.write(("\t".join((encode_id(name), *(f"{value:.17g}" for value in values))) + "\n").encode())
+    with atomic_file(path) as file:
+        for line in lines:
+            file.write(f"{line}\n".encode())

@@ -9,7 +9,7 @@ import pytrec_eval
 from experiments.results.comparison import MeasuredSystem
 from experiments.results.results import BenchmarkTable, SystemResult
 from lightning_modules.retrieval.metrics import Run
-from lightning_modules.retrieval.trec import decode_id, encode_id, write_qrels, write_query_values, write_trec
+from lightning_modules.retrieval.trec import decode_id, encode_id, write_qrels, write_table, write_trec
 
 WHITE_SPACE = [chr(number) for number in range(0x110000) if chr(number).isspace()]
 IDS = (
@@ -47,7 +47,7 @@ def test_pytrec_eval_and_comparisons_read_what_is_written(tmp_path):
     write_qrels(qrels, tmp_path / "runs" / "set.qrels")
     values = {query: number / 7 for number, query in enumerate(queries)}
     rows = [(query, [value]) for query, value in values.items()]
-    write_query_values(["ndcg@10"], rows, tmp_path / "runs" / "set.my system.queries.tsv")
+    write_table(["query", "ndcg@10"], rows, tmp_path / "runs" / "set.my system.queries.tsv")
 
     with open(tmp_path / "runs" / "set.my system.trec", encoding="utf-8") as lines:
         read_run = pytrec_eval.parse_run(lines)
@@ -83,7 +83,7 @@ def test_links_planted_at_the_files_of_an_evaluation_are_replaced_not_followed(t
     for name in ("a.qrels", "a.queries.tsv"):
         (tmp_path / name).symlink_to(tmp_path / "victim")
     write_qrels({"q": {"d": 1}}, tmp_path / "a.qrels")
-    write_query_values(["ndcg"], [("q", [0.5])], tmp_path / "a.queries.tsv")
+    write_table(["query", "ndcg"], [("q", [0.5])], tmp_path / "a.queries.tsv")
     assert (tmp_path / "victim").read_text() == "mine"
     assert (tmp_path / "a.qrels").read_text() == "q 0 d 1\n"
     assert (tmp_path / "a.queries.tsv").read_text() == "query\tndcg\nq\t0.5\n"
