@@ -39,6 +39,12 @@ def explained(problem: str, *kinds: type[Exception]) -> Iterator[None]:
         raise UserError(f"{problem} ({error})") from error
 
 
+def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe each key with another value than before: "key: X then, Y now"."""
+    keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
+    return [f"{key}: {then.get(key)} then, {now.get(key)} now" for key in keys]
+
+
 def reason(error: Exception) -> str:
     """Return the first line of an error message, or the error's class if the message is empty."""
     text = str(error).strip()

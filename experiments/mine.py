@@ -12,7 +12,7 @@ import torch
 
 from datamodules.hard_negatives import HardNegativeStore, check_replaceable, write_store
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, changes
 from experiments.build.data import build_data
 from experiments.build.mining import build_mining
 from experiments.build.models import EncodingOptions, device_of
@@ -172,14 +172,9 @@ def _check_same(output: Path, stored: dict[str, Any], meta: dict[str, Any]) -> N
     """Raise UserError if a store was mined with other settings. stored: its settings."""
     then, now = dict(flat({key: stored.get(key) for key in meta})), dict(flat(meta))
     then = {key: current_path(value) if isinstance(value, str) else value for key, value in then.items()}
-    changes = [
-        f"{key}: {then.get(key)} then, {now.get(key)} now"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key)
-    ]
-    if changes:
+    if changed := changes(then, now):
         raise UserError(
-            f"output: {output} contains hard negatives mined with other settings ({'; '.join(changes)}); choose "
+            f"output: {output} contains hard negatives mined with other settings ({'; '.join(changed)}); choose "
             "another folder, or delete this one"
         )
 

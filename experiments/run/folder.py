@@ -32,7 +32,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from datamodules.files import RECREATED, read_json, write_json, write_text
-from datamodules.records import UserError, explained, reason
+from datamodules.records import UserError, changes, explained, reason
 from experiments.config.experiment import LAST, as_dict, folder_of, read_config
 from experiments.config.schema import Config
 from experiments.run.lock import replace_folder
@@ -166,12 +166,11 @@ def _refuse_other_run(config: Config, path: Path) -> None:
     defaults = dict(flat(OmegaConf.to_container(OmegaConf.structured(Config))))
     then, now = dict(flat(read_config(path))), dict(flat(as_dict(config)))
     then = {key: defaults.get(key) for key in now.keys() - then.keys()} | then  # keys that are newer than the run
-    changed = [
-        f"{key}: {then.get(key)} then, {now.get(key)} now"
-        for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and not key.startswith(CHANGEABLE) and not _is_batch_size(key)
+    fixed = [
+        {key: value for key, value in each.items() if not key.startswith(CHANGEABLE) and not _is_batch_size(key)}
+        for each in (then, now)
     ]
-    if changed:
+    if changed := changes(*fixed):
         first = "; ".join(changed[:5]) + ("; ..." if len(changed) > 5 else "")
         raise UserError(
             f"run.dir: {path} holds a run of another configuration ({first}). "

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.files import atomic_file, load_array, read_json, read_regular, write_json, write_text
-from datamodules.records import Document, UserError, explained
+from datamodules.records import Document, UserError, changes, explained
 from datamodules.store import CHECKED, checksum
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.losses import comparable
@@ -96,14 +96,9 @@ class ShardFolder:
                 _write_json(path, self.metadata)
             stored = read_json(path, hint="")
         stored["precision"] = FORMER_PRECISIONS.get(str(stored.get("precision")), stored.get("precision"))
-        changes = [
-            f"{key}: {stored.get(key)} then, {self.metadata.get(key)} now"
-            for key in sorted(stored.keys() | self.metadata.keys())
-            if stored.get(key) != self.metadata.get(key)
-        ]
-        if changes:
+        if changed := changes(stored, self.metadata):
             raise UserError(
-                f"{folder}: contains vectors made with other settings ({'; '.join(changes)}); choose another output, "
+                f"{folder}: contains vectors made with other settings ({'; '.join(changed)}); choose another output, "
                 "or delete the folder"
             )
 
