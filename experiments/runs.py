@@ -98,7 +98,8 @@ def main(arguments: Sequence[str]) -> None:
 
 def list_run(run: RunFiles) -> ListedRun:
     """Read what the list shows of a run."""
-    max_steps, means, results = run.config["trainer"]["max_steps"], run.means(), run.results
+    max_steps, results = run.config["trainer"]["max_steps"], run.results
+    means = results.means() if results else {}
     experiment, scale, seed = run.config["experiment"], run.config["scale"], run.config["run"]["seed"]
     logged = max((values["time"] for values in run.metrics.values() if "time" in values), default=None)
     record = {
@@ -111,7 +112,7 @@ def list_run(run: RunFiles) -> ListedRun:
         "metric": results.info.metrics[0] if results else None,
         "BM25": means.get("bm25"),
         "device hours": device_hours(run),
-        **{heading: run.typical(key) for heading, (key, _) in SPEED_COLUMNS.items()},
+        **{heading: run.median(key) for heading, (key, _) in SPEED_COLUMNS.items()},
         "last logged": time.strftime("%Y-%m-%d %H:%M", time.localtime(logged)) if logged else None,
     }
     has_default_name = run.path.name.startswith(f"{experiment}-{scale}-seed{seed}-")

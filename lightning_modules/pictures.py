@@ -67,7 +67,7 @@ def write_expert_picture(
 def transplants(values: Mapping[str, float], tasks: Sequence[str]) -> Matrix:
     """Return the loss of each task with the expert of every task. Tasks with only one expert have no row."""
     losses = {(a, b): values[key] for a in tasks for b in tasks if (key := f"{a}/transplant/{b}") in values}
-    tried = {a for a, b in losses if a != b}
+    tried = {a for a, b in losses if a != b and (a, a) in losses}
     losses = {pair: loss for pair, loss in losses.items() if pair[0] in tried}
     shades: dict[tuple[str, str], float] = {}
     for task in tried:

@@ -9,10 +9,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from experiments.reporting.run_files import Source, format_number
+from experiments.reporting.run_files import Source
 
 WIDTH, HEIGHT = 340, 190
 CHARACTER = 6.6  # width of a digit in the style sheet's font
@@ -206,6 +207,18 @@ def value_range(values: Sequence[float], zero: bool = False) -> tuple[float, flo
         low, high = (0.0, 1.0) if zero and low == 0 else (low - 0.5, high + 0.5)
     room = 0.05 * (high - low)
     return (low - room if low < 0 else max(0.0, low - room)), high + room
+
+
+def format_number(value: Any, form: str = ".3f") -> str:
+    """Format a number, with a true minus sign. NaN and None become a dash; other values are unchanged.
+
+    form: a format specification.
+    """
+    if value is None or value != value:
+        return "–"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return format(value, form).replace("-", "−") if math.isfinite(value) else str(value)
 
 
 def tick_text(value: float) -> str:

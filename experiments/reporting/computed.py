@@ -52,7 +52,7 @@ def compute(run: RunFiles, num_papers: int, device: str = "auto", packages: tupl
     }
     if run.results:
         trained = MeasuredSystem(run.path, "trained", run.results, packages)
-        computed["mean"] = run.means()
+        computed["mean"] = run.results.means()
         computed["differences"] = _differences(trained)
         queries = {name: _queries(trained, name) for name in trained.benchmarks}
         computed["queries"] = {name: content for name, content in queries.items() if content}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ from experiments.reporting.charts import (
     LegendEntry,
     Series,
     dot_rows,
+    format_number,
     histogram,
     line_chart,
     scatter,
 )
-from experiments.reporting.run_files import COMPUTED, CONFIG, RunFiles, Source, format_number
+from experiments.reporting.run_files import COMPUTED, CONFIG, RunFiles, Source
+from lightning_modules.pictures import transplants
 
 PAPER_SYSTEMS = ("BM25", "SPECTER 2.0", "SciMult", "DPR (SciMult")  # prefix of the paper's rows that are shown
 SYSTEM_COLOURS = {"bm25": 1, "untrained": 7, "start": 7, "trained": 0, "encoder": 0}
@@ -236,7 +239,11 @@ def _expert_charts(run: RunFiles) -> list[Chart | None]:
 
 @dataclass(frozen=True)
 class TransplantCell:
-    """A task's loss with one expert. excess: 0 for its own, 1 for the worst. loss: None if both tasks share it."""
+    """A task's loss with one expert.
+
+    loss: None if both tasks share the expert. excess: 0 for its own, 1 for the worst, and 0 for a loss that is not
+    finite.
+    """
 
     loss: Source | None
     excess: float
@@ -257,22 +264,15 @@ def _transplants(run: RunFiles) -> Transplants | None:
     if not steps:
         return None
     logged = run.row(steps[-1])
-    rows = {task: row for task in run.tasks if (row := _transplant_row(logged, task, run.tasks))}
+    matrix = transplants({key.removeprefix("diag/"): value for key, value in logged.value.items()}, run.tasks)
+
+    def cell(task: str, other: str) -> TransplantCell:
+        loss = logged[f"diag/{task}/transplant/{other}"] if (task, other) in matrix.values else None
+        shade = matrix.shades.get((task, other), 0.0)
+        return TransplantCell(loss, abs(shade) if math.isfinite(shade) else 0.0, other == task)
+
+    rows = {task: [cell(task, other) for other in run.tasks] for task in run.tasks if (task, task) in matrix.values}
     return Transplants(steps[-1], logged, rows) if rows else None
-
-
-def _transplant_row(logged: Source, task: str, tasks: Sequence[str]) -> list[TransplantCell]:
-    """Return a task's losses, or nothing if only its own expert was tried."""
-    losses = {other: logged[key] for other in tasks if (key := f"diag/{task}/transplant/{other}") in logged}
-    if task not in losses or len(losses) < 2:
-        return []
-    own, worst = losses[task].value, max(loss.value for loss in losses.values())
-    cells = []
-    for other in tasks:
-        loss = losses.get(other)
-        excess = max(0.0, loss.value - own) / max(worst - own, 1e-12) if loss else 0.0
-        cells.append(TransplantCell(loss, excess, other == task))
-    return cells
 
 
 def _mining_charts(run: RunFiles) -> list[Chart | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -63,18 +62,14 @@ class RunFiles:
         self.config = read_config(path)
         self.computed: dict[str, Any] = {}
 
-    def json(self, name: str) -> Any:
-        """Return the content of a JSON file, or None if it is missing."""
-        path = self.path / name
-        return read_json(path) if path.is_file() else None
-
     def source(self, name: str) -> Source | None:
         """Return the content of a file with its location, or None if it is missing."""
         if name == COMPUTED:
             return Source(self.computed, f"{COMPUTED}#")
-        read = {CONFIG: lambda: self.config, MANIFEST: lambda: self.manifest or None}
-        content = read[name]() if name in read else self.json(name)
-        return None if content is None else Source(content, f"{name}#")
+        if not (self.path / name).is_file():
+            return None
+        read = {CONFIG: lambda: self.config, MANIFEST: lambda: self.manifest}
+        return Source(read[name]() if name in read else read_json(self.path / name), f"{name}#")
 
     def row(self, step: int) -> Source:
         """Return the values logged at a step."""
@@ -98,10 +93,6 @@ class RunFiles:
                 metrics.setdefault(row["step"], {}).update(row)
         return dict(sorted(metrics.items()))
 
-    def means(self) -> dict[str, float]:
-        """Return the mean of the first metric for each system that was measured on all benchmarks."""
-        return self.results.means() if self.results else {}
-
     @property
     def last_step(self) -> int:
         """The last step with a logged value."""
@@ -116,7 +107,7 @@ class RunFiles:
         """Return the values of a key by step."""
         return {s: self.row(s)[key] for s, row in self.metrics.items() if isinstance(row.get(key), int | float)}
 
-    def typical(self, key: str) -> float | None:
+    def median(self, key: str) -> float | None:
         """Return the median of the logged values of a key, or None if there are none."""
         values = [source.value for source in self.history(key).values()]
         return statistics.median(values) if values else None
@@ -150,15 +141,3 @@ class RunFiles:
     def evaluations(self) -> Mapping[str, Source]:
         """The results of each `make eval` in the run's folder."""
         return self.matching("evaluation/*/results.json", read_results)
-
-
-def format_number(value: Any, form: str = ".3f") -> str:
-    """Format a number, with a true minus sign. NaN and None become a dash; other values are unchanged.
-
-    form: a format specification.
-    """
-    if value is None or value != value:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return format(value, form).replace("-", "−") if math.isfinite(value) else str(value)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import re
 import shutil
 from html import unescape
@@ -21,8 +22,8 @@ from experiments.evaluate import main as evaluate
 from experiments.report import main
 from experiments.reporting.charts import Series, line_chart
 from experiments.reporting.computed import principal_components, same_label_share
-from experiments.reporting.page import figure, quote
-from experiments.reporting.run_files import Source
+from experiments.reporting.page import _transplants, figure, quote
+from experiments.reporting.run_files import RunFiles, Source
 from experiments.runs import SPEED_COLUMNS
 from experiments.runs import main as list_runs
 from experiments.train import train
@@ -209,6 +210,26 @@ def test_text_of_a_run_is_escaped():
     source = Source("<script>&", 'report.json#/"')
     assert quote(source) == '<span data-source="report.json#/&#34;">&lt;script&gt;&amp;</span>'
     assert "<script>" not in figure(source)
+
+
+def test_shades_of_transplants_are_numbers_even_if_a_loss_is_not(tmp_path):
+    """A loss of NaN made --share:nan, or another shade for each order of the tasks."""
+    losses = {"a": {"a": 1.0, "b": math.nan, "c": 2.0, "d": 3.0}, "b": {"a": math.inf, "b": 1.0}, "c": {"c": 1.0}}
+    row = {f"diag/{task}/transplant/{other}": loss for task, each in losses.items() for other, loss in each.items()}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 4} | row))
+    for order in ("abcd", "dcba"):
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump({"tasks": list(order)}))
+        transplants = _transplants(RunFiles(tmp_path))
+        cells = {
+            (task, other): (cell.loss and cell.loss.value, cell.excess)
+            for task, each in transplants.rows.items()
+            for other, cell in zip(order, each, strict=True)
+        }
+        assert [cells["a", other] for other in "acd"] == [(1.0, 0.0), (2.0, 0.5), (3.0, 1.0)]
+        assert [cells[pair][1] for pair in (("a", "b"), ("b", "a"))] == [0.0, 0.0]
+        assert str(cells["a", "b"][0]) == "nan"
+        assert cells["b", "c"] == (None, 0.0)
+        assert transplants.rows.keys() == {"a", "b"}
 
 
 def incomplete(run: Path, folder: Path, *removed: str) -> str:
