@@ -45,7 +45,7 @@ def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[s
     """
     check_replaceable(path)
     tasks = {
-        task: {"examples": len(n), "negatives": len(n.documents), "taken": dict(n.taken)} for task, n in mined.items()
+        task: {"examples": len(n), "negatives": len(n.documents), "taken": dict(n.removed)} for task, n in mined.items()
     }
     with atomic_folder(path) as new:
         for task, negatives in mined.items():
@@ -114,7 +114,7 @@ class HardNegativeStore:
         if not paths["labels"].exists():  # no judge; the hash reveals a lost file
             del paths["labels"]
         arrays = {name: load_array(path) for name, path in paths.items()}
-        return MinedNegatives(**arrays, taken=self.meta["tasks"][task]["taken"])
+        return MinedNegatives(**arrays, removed=self.meta["tasks"][task]["taken"])
 
     def __getstate__(self) -> Path:  # workers map the files themselves
         return self.path

@@ -386,7 +386,7 @@ class MinedNegatives:
     documents: rows of the task's document table, (j,) int32.
     ranks: position of each document in the miner's ranking, from 0, (j,) int32.
     scores: score that the miner gave each document, (j,) float32.
-    taken: number of candidates that each filter removed.
+    removed: number of candidates that each filter removed.
     labels: decision of a judge on each document, an index of LABELS, (j,) int8; None keeps all as negatives.
     """
 
@@ -394,7 +394,7 @@ class MinedNegatives:
     documents: np.ndarray
     ranks: np.ndarray
     scores: np.ndarray
-    taken: Mapping[str, int] = field(default_factory=dict)
+    removed: Mapping[str, int] = field(default_factory=dict)
     labels: np.ndarray | None = None
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""How the tasks of an arm of a study disturb each other: cosines of their gradients, and rankings by other experts."""
+"""Interference between the tasks of an arm: cosines of their gradients, and rankings by other experts."""
 
 from __future__ import annotations
 

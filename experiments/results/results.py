@@ -20,7 +20,7 @@ OMITTED_IF_NONE = (
     "tokens_per_second",
     "mfu",
     "money",
-)  # keys of an entry that are left out, not null
+)  # keys that are left out if None; others are written as null
 
 
 @dataclass(kw_only=True)

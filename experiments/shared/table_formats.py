@@ -81,7 +81,10 @@ class Row:
 
 @dataclass
 class Table:
-    """Rows for people. pipe_width: number of characters in a file or pipe, where by default no column is left out."""
+    """A table to be read by people.
+
+    pipe_width: number of characters in a file or pipe, where by default no column is left out.
+    """
 
     columns: Sequence[Column]
     title: str = ""

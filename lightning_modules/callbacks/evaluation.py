@@ -51,7 +51,7 @@ class Evaluation(L.Callback):
         self.patience, self.num_without_best = patience, 0
         self.best, self.best_step = float("-inf"), 0
         self.not_written = float("-inf"), 0  # the best mean whose checkpoint could not be written, and its step
-        self.evaluated_at: int | None = None  # no evaluation is missing up to this step
+        self.evaluated_at: int | None = None  # all evaluations up to this step are done
 
     def state_dict(self) -> dict[str, Any]:
         state = {

@@ -106,11 +106,11 @@ class CrossEncoderJudge(Judge):
             model, tokenizer = self._trained(table, trained_on, context.folder / "judges", fold, context.device)
             scores[judged] = self._predict(model, tokenizer, table, judged)  # mined pairs come first
             known = np.flatnonzero(~table.is_mined & (fold_of_pair == fold))[:NUM_CHECKED]
-            of_known, threshold = self._predict(model, tokenizer, table, known), self.drop_above or 0.5
+            known_scores, threshold = self._predict(model, tokenizer, table, known), self.drop_above or 0.5
             log.info(
                 "judge of fold %d/%d: %.1f%% of the known positives of its queries and %.1f%% of their mined negatives "
                 "score at least %g",
-                *(fold + 1, self.folds, 100 * (of_known >= threshold).mean()),
+                *(fold + 1, self.folds, 100 * (known_scores >= threshold).mean()),
                 *(100 * (scores[judged] >= threshold).mean(), threshold),
             )
         return scores

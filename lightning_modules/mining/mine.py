@@ -194,7 +194,7 @@ class Mining:
         tasks = {task: joined_pools(results) for task, results in mined.items()}
         for task, result in tasks.items():
             if not len(result.negatives.documents):
-                counts = ", ".join(f"{name} {count}" for name, count in result.negatives.taken.items() if count)
+                counts = ", ".join(f"{name} {count}" for name, count in result.negatives.removed.items() if count)
                 raise UserError(
                     f"{task}: no hard negatives are left. Candidates removed by each filter: "
                     f"{counts or 'none, there were no candidates'}. Raise k for more candidates, or lower "

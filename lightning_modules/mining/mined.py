@@ -48,7 +48,7 @@ class Mined:
         arrays = {name: getattr(negatives, name)[kept] for name in ("documents", "ranks", "scores")}
         return dataclasses.replace(
             self,
-            negatives=MinedNegatives(before[np.asarray(negatives.starts)], **arrays, taken=negatives.taken),
+            negatives=MinedNegatives(before[np.asarray(negatives.starts)], **arrays, removed=negatives.removed),
             margins=self.margins[kept],
             held_out=self.held_out[kept],
             texts=self.texts[kept],
@@ -69,13 +69,13 @@ def joined(parts: Sequence[Mined]) -> Mined:
     for part in parts:
         starts.append(part.negatives.starts[1:] + total)
         total += len(part.negatives.documents)
-        removed.update(part.negatives.taken)
+        removed.update(part.negatives.removed)
     arrays = {
         name: np.concatenate([getattr(part.negatives, name) for part in parts])
         for name in ("documents", "ranks", "scores")
     }
     return Mined(
-        MinedNegatives(np.concatenate(starts), **arrays, taken=dict(removed)),
+        MinedNegatives(np.concatenate(starts), **arrays, removed=dict(removed)),
         np.concatenate([part.margins for part in parts]),
         np.concatenate([part.held_out for part in parts]),
         np.concatenate([part.texts for part in parts]),

@@ -85,7 +85,7 @@ def report(mined: Mined, step: int, previous: MinedNegatives | None = None, prev
         before = _pairs(previous.starts, np.asarray(previous.documents))
         now = _pairs(all_mined.starts, all_mined.documents)
         values |= {"age": float(step - previous_step), "kept": float(np.isin(now, before).mean())}
-    return TaskReport(values, histogram, negatives.taken, mined.relabelled)
+    return TaskReport(values, histogram, negatives.removed, mined.relabelled)
 
 
 def reports_of(mined: Mapping[str, Mined], step: int, previous: Any = None) -> dict[str, TaskReport]:

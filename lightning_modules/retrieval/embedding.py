@@ -158,7 +158,7 @@ class ShardFolder:
     def merge(self, task: str, count: int, path: Path, source: Mapping[str, Any]) -> int:
         """Merge all `count` shards for a task into one matrix (M, D), and return M.
 
-        path: file of the matrix; left alone if it is up to date and intact. source: further metadata of the matrix.
+        path: file of the matrix; not rewritten if it is up to date and intact. source: further metadata of the matrix.
         Only one shard is in memory at a time. Raises UserError for a shard that is missing or damaged.
         """
         records: list[dict[str, Any]] = []

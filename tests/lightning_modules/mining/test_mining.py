@@ -111,7 +111,7 @@ def test_copies_of_positives_and_of_other_documents_are_not_mined(make_task, mak
             expected = clean if same_text else clean | set(range(10, 20))
             assert set(lists_of(mined)[q]) == expected
         assert (report(mined, 0).values["duplicates"] > 0) != same_text
-        assert mined.negatives.taken.get("copies", 0) == (120 if same_text else 0)
+        assert mined.negatives.removed.get("copies", 0) == (120 if same_text else 0)
 
 
 def test_collections_of_a_task_keep_their_rows_and_examples(make_task, make_encoder, tmp_path):
@@ -318,7 +318,7 @@ pool = MiningPool(
 mining = Mining(MiningOptions(k=20, relative_margin=0.05, sampling="random"), {"search": DenseMiner()}, folder)
 mined = mining.run(mining.cache(encoder), [pool])["search"]
 assert len(embedded) <= -(-80 // world) + 1, len(embedded)
-print(mined.negatives.starts.tolist(), mined.negatives.documents.tolist(), mined.negatives.taken, mined.num_above)
+print(mined.negatives.starts.tolist(), mined.negatives.documents.tolist(), mined.negatives.removed, mined.num_above)
 
 class Failing(DenseMiner):
     def rank(self, pool, queries, k, context):
@@ -381,7 +381,7 @@ def test_mining_in_memory_equals_mining_with_a_folder(make_task, make_encoder, t
     mined = mine(encoder, pool, None, mining.options, similarity="cosine", guide=guide_vectors, seeds=(3, 0))
     assert lists_of(mined) == lists_of(from_folder)
     np.testing.assert_array_equal(mined.margins, from_folder.margins)
-    assert mined.negatives.taken == from_folder.negatives.taken
+    assert mined.negatives.removed == from_folder.negatives.removed
 
 
 def test_documents_have_the_vectors_of_another_model(make_task, make_encoder):
