@@ -97,7 +97,7 @@ class CompanionSource:
     """Which texts are encoded along with each batch of a task, for an additional loss.
 
     table: task whose document table has the texts.
-    task: task as which they are encoded.
+    task: task whose prompt and expert encode them.
     rows: function of the rows of a batch's queries (B,) and documents (m,), and of a random generator that is equal on
         all ranks; returns the rows of the texts in the table, at least one, (n,). Rows may repeat. Not a
         lambda, because it is pickled for worker processes.
@@ -286,7 +286,10 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
         return task.examples.costs(lengths, task.options.num_positives, task.options.num_hard_negatives)
 
     def _encoding(self, task: TaskDataModule, name: str = "") -> Encoding:
-        """Return how the texts of a task's table are encoded. name: the task as which, by default the task itself."""
+        """Return how the texts of a task's table are encoded.
+
+        name: task whose prompt precedes the texts, by default the task itself.
+        """
         if self.tokenizer is None:
             encoder = getattr(self.trainer.lightning_module, "encoder", None) if self.trainer else None
             if encoder is None:

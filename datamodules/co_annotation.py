@@ -1,4 +1,4 @@
-"""Papers that two tasks have in common, and what a paper is annotated with in another task.
+"""Match the papers of two tasks, and look up a paper's annotations in the other task.
 
 title   equal words in the title, ignoring case, accents and punctuation. Papers without a title, or with one of fewer
         than MIN_TITLE words, need equal words in the text as well.

@@ -46,7 +46,7 @@ class StreamingReader(FileReader, Protocol):
 
 
 def describe(reader: FileReader) -> str:
-    """Return a reader's class and settings, which identify its conversion, without the quarantine file."""
+    """Describe a reader by its class and settings, without the quarantine file. The cache's key contains it."""
     settings = {name: value for name, value in vars(reader).items() if name != "quarantine" and name[0] != "_"}
     shown = ", ".join(f"{name}={_absolute(value)!r}" for name, value in sorted(settings.items()))
     return f"{type(reader).__module__}.{type(reader).__qualname__}({shown})"

@@ -3,7 +3,7 @@
 A store has the negatives of one mining run, for one or more tasks:
 
     FOLDER/TASK.{starts,documents,ranks,scores}.npy    records.MinedNegatives
-    FOLDER/TASK.labels.npy                             the same, if a judge has decided on them
+    FOLDER/TASK.labels.npy                             decision of the judge on each; missing without a judge
     FOLDER/meta.json                                   see write_store
 
 A round is a store and the first batch that draws from it. Rounds start at batches that are known in advance, so all

@@ -118,7 +118,7 @@ def token_hash(ids: np.ndarray) -> int:
 class Companion:
     """Further texts that are encoded along with a batch, for an additional loss.
 
-    task     task as which they are encoded
+    task     task whose prompt and expert encode them
     seed     seed of their dropout
     chunks   token ids of the distinct texts, as in a batch
     index    (n,) position of each text among the distinct ones

@@ -69,7 +69,7 @@ class Encoding:
     max_length: int = 256
 
     def table(self, documents: Sequence[Document]) -> TokenTable:
-        """Tokenise texts. Threads may do so together, whatever else uses the tokenizer in the meantime.
+        """Tokenise texts. This is thread-safe, even while other code uses the tokenizer.
 
         The ids are those of `tokenizer(texts, truncation=True, max_length=max_length)`.
         """

@@ -63,7 +63,7 @@ def _fields(entry: Any, strings: Mapping[str, str]) -> dict[str, str]:
 
 
 def _inherited(fields: Mapping[str, str], parent: Mapping[str, str]) -> dict[str, str]:
-    """Return what a paper takes over from the volume that its crossref names: the year, and its keywords.
+    """Return the fields that a paper inherits from its crossref, the volume that it is in: the year, and keywords.
 
     Title, abstract and DOI of a volume are not those of the paper.
     """

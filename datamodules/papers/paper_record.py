@@ -39,7 +39,7 @@ class Paper:
     references: ids or other names of the papers that it cites.
     names: other names under which papers cite it, such as "doi:10.1234/x".
     split: split that its file gives it: "train", "dev", "test", or "" for none.
-    is_part: whether this is not a paper, but the abstract or references of the paper with this id.
+    is_part: whether the record has only the abstract or the references of the paper with this id.
     """
 
     id: str

@@ -25,12 +25,12 @@ SEARCHES = ("title", "keywords")
 
 
 class EmptyView(UserError):
-    """The papers lack what a view needs."""
+    """No query for training can be made from the papers."""
 
 
 @dataclass(frozen=True)
 class ViewOptions:
-    """What the collections are made from.
+    """Options of the collections.
 
     labels: kinds of labels, some of LABEL_KINDS; by default the first kind with two labels that are frequent enough.
     min_papers: minimum number of papers for each label.

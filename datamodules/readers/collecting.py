@@ -103,7 +103,7 @@ class Judgements:
 
 
 class MemorySink:
-    """A sink in memory. A second grade for a pair is an error of its own line, whatever keep_first says."""
+    """A sink in memory. It ignores keep_first: a second, different grade of a pair is an error of its line."""
 
     def __init__(self) -> None:
         self.keep_first = False

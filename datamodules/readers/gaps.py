@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class _Gaps:
     """Counts of what is missing in one file.
 
-    documents, with_text, blank: number of documents, of those with a text, and of those without a title, too.
+    documents: number of documents. with_text: those with a text. blank: those with neither title nor text.
     unread: number of documents without a text, for each key that is known to hold one.
     long: number of documents with a long string, for each key that is not read.
     judgements: number of judgements. missing: number of judgements of each document outside the corpus.

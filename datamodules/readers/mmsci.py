@@ -91,7 +91,8 @@ class MMSciReader:
     benchmark/test belong to these splits; without benchmark, a hash of the id decides.
 
     view: what queries and documents are:
-        captions    caption of a figure -> its article. What title or abstract repeat of a caption is left out.
+        captions    caption of a figure -> its article. A caption, or its description, that the title or abstract
+                    repeats is left out.
         figures     caption of a panel, or of a figure without panels -> figure
         subjects    article -> its subjects, one for each folder that it is in
         references  article -> articles that it cites. A reference is a link if it has the title of an article of the
@@ -165,7 +166,7 @@ class MMSciReader:
         return files
 
     def _split_files(self) -> list[tuple[str, Path]]:
-        """Return (split, file) of the lists, or without any of the files that benchmark has for dev and test."""
+        """Return (split, file) of the lists. If there are none, of the files in benchmark/dev and benchmark/test."""
         raw, benchmark = self.folder / "rawdata", self.folder / "benchmark"
         lists = [(split, find_optional_file(raw, f"{split}_split_ids.json")) for split in SPLITS]
         if not any(path for _, path in lists):

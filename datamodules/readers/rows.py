@@ -212,7 +212,8 @@ class Record(dict[str, Any]):
         id_keys: keys that may hold the id.
         title, body: keys of the title and of the text (see text_key). One of the two may be blank.
         id: id of a record that has none.
-        may_be_blank: whether both may be blank, for documents to search in. A record without both keys is an error.
+        may_be_blank: whether both may be blank, for documents to search in. A record that has neither key is an
+            error.
         """
         id = id or self.id(*id_keys)
         key = text_key(self, body)

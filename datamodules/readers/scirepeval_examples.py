@@ -30,7 +30,9 @@ Label = Any  # str, tuple[int, ...] or float, in the views "class", "labels" and
 
 
 class SciRepEvalExamplesReader:
-    """Reader of a config of both data sets, for benchmarks with train_on. Queries are papers.
+    """Reader of one config: texts from allenai/scirepeval, labels from allenai/scirepeval_test.
+
+    It is for benchmarks with train_on. Queries are papers.
 
     folder/evaluation.jsonl              {"doc_id" or "corpus_id", "title", "abstract"} per row, of allenai/scirepeval
     judgements/train.jsonl, test.jsonl   {"paper_id", "label"} per row, of allenai/scirepeval_test
