@@ -154,8 +154,7 @@ def graph_of(task: TaskDataModule, file: str | Path | None = None) -> CitationGr
         nodes = np.where(papers < 0, queries, papers)
         node_of[queries + offset] = nodes + offset
         linked = table.judged(np.asarray(table.grades) > 0)
-        sources = np.repeat(nodes, np.diff(linked.starts))
-        pairs.append(np.stack([sources, linked.values], axis=1).astype(np.int64) + offset)
+        pairs.append(np.stack([nodes[linked.owners], linked.values], axis=1).astype(np.int64) + offset)
     if file is not None:
         pairs = [_pairs_of_file(task, Path(file))]
     graph = CitationGraph(np.concatenate(pairs), len(node_of), node_of)

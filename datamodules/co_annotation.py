@@ -13,8 +13,9 @@ from __future__ import annotations
 import numpy as np
 
 from datamodules.leakage import MIN_TITLE, normal
+from datamodules.ragged import Ragged
 from datamodules.readers.checks import stable_hash
-from datamodules.records import Document, Ragged, check_choice
+from datamodules.records import Document, check_choice
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule, TaskDataModule
 
 MATCHES = ("title", "text", "id")
@@ -54,10 +55,10 @@ def train_positives(task: TaskDataModule, collection: str = "") -> tuple[np.ndar
     for name, _, table, offset in task.parts:
         if collection in ("", name):
             queries.append(np.asarray(table.queries, dtype=np.int64) + offset)
-            starts, rows = table.judged(np.asarray(table.grades) > 0)
-            lists.append((np.diff(starts), rows.astype(np.int64) + offset))
+            positives = table.judged(np.asarray(table.grades) > 0)
+            lists.append((positives.counts, positives.values.astype(np.int64) + offset))
     counts, rows = (np.concatenate(parts) for parts in zip(*lists, strict=True))
-    return np.concatenate(queries), Ragged(_starts(counts), rows)
+    return np.concatenate(queries), Ragged.of_counts(counts, rows)
 
 
 def known_annotations(
@@ -72,9 +73,9 @@ def known_annotations(
     collection: collection of `task` that annotates; by default all of them.
     """
     keys = paper_keys(task, match)
-    queries, (starts, positives) = train_positives(task, collection)
-    queries = queries.repeat(np.diff(starts))
-    annotated, values = (positives, queries) if isinstance(task, SearchDataModule) else (queries, positives)
+    queries, positives = train_positives(task, collection)
+    pair = queries[positives.owners], positives.values
+    annotated, values = reversed(pair) if isinstance(task, SearchDataModule) else pair
     pairs = np.stack([keys[annotated], values.astype(np.uint64)])
     annotated, values = np.unique(pairs[:, pairs[0] > 0], axis=1)
     distinct, first = np.unique(annotated, return_index=True)
@@ -82,28 +83,4 @@ def known_annotations(
     position = np.searchsorted(distinct, wanted)
     annotations = Ragged(np.append(first, len(values)), values.astype(np.int64))
     is_annotated = np.isin(wanted, distinct)
-    return lists_at(annotations, np.where(is_annotated, position, -1))
-
-
-def lists_at(lists: Ragged, indices: np.ndarray) -> Ragged:
-    """Return the lists at some indices, (n,); an empty list for -1."""
-    counts = np.append(np.diff(lists.starts), 0)[indices]
-    starts = _starts(counts)
-    return Ragged(starts, lists.values[lists.starts[indices].repeat(counts) + _positions(starts)])
-
-
-def padded_lists(lists: Ragged) -> np.ndarray:
-    """Return n lists as one array, (n, longest), padded with -1; the longest counts as at least 1."""
-    counts = np.diff(lists.starts)
-    array = np.full((len(counts), max(counts.max(initial=0), 1)), -1, dtype=lists.values.dtype)
-    array[np.arange(len(counts)).repeat(counts), _positions(lists.starts)] = lists.values
-    return array
-
-
-def _positions(starts: np.ndarray) -> np.ndarray:
-    """Return the position of each value in its list."""
-    return np.arange(starts[-1]) - starts[:-1].repeat(np.diff(starts))
-
-
-def _starts(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    return annotations.take(np.where(is_annotated, position, -1))

@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from datamodules.records import Collection, Document, Example, Ragged, UserError
+from datamodules.ragged import Ragged
+from datamodules.records import Collection, Document, Example, UserError
 
 log = logging.getLogger(__name__)
 
@@ -179,14 +180,6 @@ def first_of_same_text(documents: Sequence[Document]) -> np.ndarray:
 def blank_rows(documents: Iterable[Document]) -> np.ndarray:
     """Return the rows of documents that have neither title nor text, int64."""
     return np.array([row for row, document in enumerate(documents) if document.is_blank], dtype=np.int64)
-
-
-def ragged(lists: Iterable[Sequence[int]]) -> Ragged:
-    """Pack lists of integers into two arrays."""
-    arrays = [np.asarray(values, dtype=np.int32) for values in lists]
-    starts = np.zeros(len(arrays) + 1, dtype=np.int64)
-    np.cumsum([len(values) for values in arrays], out=starts[1:])
-    return Ragged(starts, np.concatenate([*arrays, np.zeros(0, dtype=np.int32)]))
 
 
 class Joined(Sequence[Item]):

@@ -11,9 +11,11 @@ import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from datamodules.ragged import Ragged
 
 
 class UserError(ValueError):
@@ -331,16 +333,6 @@ class Benchmark:
         for grades in (*self.qrels.values(), *classes.values()):
             digest.update(repr(list(grades.values())).encode())
         return digest.hexdigest()
-
-
-class Ragged(NamedTuple):
-    """Lists of integers of different lengths in two arrays: list i is values[starts[i] : starts[i + 1]].
-
-    starts: (n + 1,) int64. values: (j,) int32.
-    """
-
-    starts: np.ndarray
-    values: np.ndarray
 
 
 @dataclass(frozen=True)

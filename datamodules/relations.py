@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.batches import ContrastiveDataModule
-from datamodules.co_annotation import known_annotations, lists_at, train_positives
-from datamodules.examples import ragged
+from datamodules.co_annotation import known_annotations, train_positives
 from datamodules.leakage import normal
+from datamodules.ragged import Ragged
 from datamodules.readers.io import read_lines
 from datamodules.readers.rows import BadLines
-from datamodules.records import Document, Ragged, UserError, short
+from datamodules.records import Document, UserError, short
 from datamodules.tasks import ClassificationDataModule, TaskDataModule
 
 log = logging.getLogger(__name__)
@@ -99,24 +99,23 @@ class PartialAnnotation:
         """Compare two collections, each given with its task. match: how papers are compared, see co_annotation.py."""
         table, collection = source
         space = LabelSpace.of(*target)
-        annotations = known_annotations(table, target[0], match, target[1])
-        annotations = Ragged(annotations.starts, annotations.values - space.rows[0])
+        annotations = known_annotations(table, target[0], match, target[1]).minus(space.rows[0])
         queries, positives = train_positives(table, collection)
         query_of_row = np.full(len(table.documents), -1, dtype=np.int64)
         query_of_row[queries] = np.arange(len(queries))
-        unlabelled = (query_of_row >= 0) & (np.diff(annotations.starts) == 0)
+        unlabelled = (query_of_row >= 0) & (annotations.counts == 0)
         if isinstance(table, ClassificationDataModule):
             own = LabelSpace.of(*source)
-            known = lists_at(Ragged(positives.starts, positives.values - own.rows[0]), query_of_row)
-            return cls(own, space, known, unlabelled, _both(lists_at(known, queries), lists_at(annotations, queries)))
-        of_query = lists_at(annotations, queries.repeat(np.diff(positives.starts)))
-        return cls(space, space, annotations, unlabelled, _both(lists_at(annotations, positives.values), of_query))
+            known = positives.minus(own.rows[0]).take(query_of_row)
+            return cls(own, space, known, unlabelled, _both(known.take(queries), annotations.take(queries)))
+        of_query = annotations.take(queries[positives.owners])
+        return cls(space, space, annotations, unlabelled, _both(annotations.take(positives.values), of_query))
 
 
 def _both(first: Ragged, second: Ragged) -> tuple[Ragged, Ragged]:
     """Return the lists of which neither the first nor the second is empty."""
-    kept = np.flatnonzero((np.diff(first.starts) > 0) & (np.diff(second.starts) > 0))
-    return lists_at(first, kept), lists_at(second, kept)
+    kept = np.flatnonzero((first.counts > 0) & (second.counts > 0))
+    return first.take(kept), second.take(kept)
 
 
 def relation_of(papers: PartialAnnotation, relation: str, smoothing: float = 1.0) -> np.ndarray:
@@ -136,7 +135,7 @@ def relation_of(papers: PartialAnnotation, relation: str, smoothing: float = 1.0
         return same_names(first, second)
     if relation != "estimated":
         return read_relation(Path(relation), first, second)
-    if not (count := len(papers.pairs[0].starts) - 1):
+    if not (count := len(papers.pairs[0].counts)):
         raise UserError(
             "relation: cannot be estimated, because no paper has labels of both in the train splits; choose another "
             "way to match papers, or give the relation as a file"
@@ -155,11 +154,10 @@ def estimated(first: Ragged, second: Ragged, sizes: tuple[int, int], smoothing: 
     sizes: numbers of labels of the spaces.
     smoothing: number of average papers that are added to those of each label.
     """
-    papers, labels = len(first.starts) - 1, np.diff(first.starts)
-    paper = np.arange(papers).repeat(labels)  # paper of each label of the first space
-    related = lists_at(second, paper)
+    papers = len(first.counts)
+    related = second.take(first.owners)  # labels of the second space, for each label of the first one
     weights = np.zeros(sizes, dtype=np.float32)  # (a, b)
-    np.add.at(weights, (first.values.repeat(np.diff(related.starts)), related.values), 1.0)
+    np.add.at(weights, (first.values[related.owners], related.values), 1.0)
     average = np.bincount(second.values, minlength=sizes[1]) / max(papers, 1)  # (b,)
     total = np.bincount(first.values, minlength=sizes[0]) + smoothing  # (a,)
     weights += (smoothing * average).astype(np.float32)
@@ -249,4 +247,4 @@ def distributions(weights: np.ndarray) -> np.ndarray:
 def most_related(weights: np.ndarray, count: int) -> Ragged:
     """Return the related labels of each label of the first space: at most `count`, those of largest weight first."""
     columns = np.argsort(-weights, axis=1, kind="stable")[:, :count]
-    return ragged([row[weights[a, row] > 0] for a, row in enumerate(columns)])
+    return Ragged.of([row[weights[a, row] > 0] for a, row in enumerate(columns)])

@@ -15,14 +15,14 @@ import numpy as np
 
 from datamodules.batches import BatchOptions, ContrastiveDataModule
 from datamodules.conversion import FileReader, stored
-from datamodules.examples import ExampleTable, Joined, JoinedExamples, blank_rows, in_memory, ragged
+from datamodules.examples import ExampleTable, Joined, JoinedExamples, blank_rows, in_memory
 from datamodules.files import expanded
+from datamodules.ragged import Ragged
 from datamodules.records import (
     Benchmark,
     Collection,
     Document,
     MiningPool,
-    Ragged,
     Reader,
     Task,
     UserError,
@@ -286,11 +286,11 @@ def _held_out_positives(
             for query, grades in collection.judged(split)[1].items():
                 relevant.setdefault(query, set()).update(d for d, grade in grades.items() if grade > 0)
     if not relevant:
-        return Ragged(np.zeros(len(queries) + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
+        return Ragged.empty(len(queries))
     ids = set().union(*relevant.values())
     row_of = {id: row for row, id in enumerate(collection.corpus) if id in ids}
     starts, known = positives
-    return ragged(
+    return Ragged.of(
         sorted(
             {row_of[d] for d in relevant.get(query.id, ()) if d in row_of}
             - set(known[starts[i] : starts[i + 1]].tolist())

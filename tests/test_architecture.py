@@ -25,6 +25,7 @@ MAY_IMPORT = {
         "datamodules.files",
         "datamodules.options",
         "datamodules.packed",
+        "datamodules.ragged",
         "datamodules.records",
         "datamodules.relations",
         "datamodules.store",

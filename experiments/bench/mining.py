@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from datamodules.options import option
-from datamodules.records import Document, MiningPool, Ragged
+from datamodules.ragged import Ragged
+from datamodules.records import Document, MiningPool
 from experiments.bench.timing import DEVICES, peak_memory
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
@@ -110,7 +111,7 @@ def _pool(document_clusters: np.ndarray, query_clusters: np.ndarray) -> MiningPo
     starts = np.searchsorted(document_clusters[by_cluster], np.arange(document_clusters.max() + 2))
     size = np.diff(starts)[query_clusters]
     positives = by_cluster[starts[query_clusters][:, None] + (np.arange(3) * 7) % np.maximum(size, 1)[:, None]]
-    empty = Ragged(np.zeros(num_queries + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
+    empty = Ragged.empty(num_queries)
     return MiningPool(
         "search",
         "random",

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from datamodules.batches import CompanionSource, ContrastiveDataModule
-from datamodules.co_annotation import lists_at, padded_lists
 from datamodules.options import check_number
 from datamodules.packed import ContrastiveBatch
-from datamodules.records import Ragged, UserError
+from datamodules.ragged import Ragged
+from datamodules.records import UserError
 from datamodules.relations import PartialAnnotation, distributions, find_collection, most_related, relation_of
 from datamodules.tasks import ClassificationDataModule
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
@@ -92,9 +92,9 @@ class LabelSample:
     def __call__(self, queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
         if self.is_complete:
             return self.rows
-        known = lists_at(self.known, np.concatenate([queries, documents])).values
+        known = self.known.take(np.concatenate([queries, documents])).values
         sample = rng.sample(range(len(self.rows)), self.size)
-        return self.rows[np.union1d(sample, lists_at(self.related, known).values)]
+        return self.rows[np.union1d(sample, self.related.take(known).values)]
 
 
 class Labels(NamedTuple):
@@ -177,13 +177,13 @@ class DistributionMatching(AuxiliaryLoss):
         weights = relation_of(papers, self.relation_name, self.smoothing)
         related = most_related(weights, RELATED)
         count = len(papers.source)
-        own = Ragged(np.arange(count + 1), np.arange(count))
+        own = Ragged.of(np.arange(count)[:, None])
         self.source_labels = LabelSample(papers.source.rows, self.max_labels, papers.known, own)
         self.target_labels = LabelSample(papers.target.rows, self.max_labels, papers.known, related)
         tables = {
             "relation": distributions(weights),
             "is_certain": weights >= self.certain,
-            "lists": padded_lists(papers.known),
+            "lists": papers.known.padded(),
             "unlabelled": papers.unlabelled,
         }
         for name, table in tables.items():

@@ -31,7 +31,7 @@ from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
 from datamodules.batches import ContrastiveDataModule
-from datamodules.co_annotation import MATCHES, known_annotations, padded_lists, paper_keys
+from datamodules.co_annotation import MATCHES, known_annotations, paper_keys
 from datamodules.options import check_number
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
@@ -78,7 +78,7 @@ def label_table(a: TaskDataModule, b: TaskDataModule, match: str) -> tuple[np.nd
     A query and a document have label B if the query's row of the first table and the document's row of the second share
     a number. Their label is unknown if either has no number. Lists are padded with -1, and -2 in the second.
     """
-    related = padded_lists(known_annotations(a, b, match))
+    related = known_annotations(a, b, match).padded()
     if not isinstance(b, LinkPredictionDataModule):  # papers that share a class, or a query that they answer
         return related, np.where(related < 0, -2, related)
     papers, others = paper_keys(a, match), paper_keys(b, match)

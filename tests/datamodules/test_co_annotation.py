@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from datamodules.co_annotation import MATCHES, known_annotations, lists_at, paper_keys, train_positives
-from datamodules.records import Collection, Document, Ragged, UserError
+from datamodules.co_annotation import MATCHES, known_annotations, paper_keys, train_positives
+from datamodules.ragged import Ragged
+from datamodules.records import Collection, Document, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 
 LABELS = {f"l{i}": Document(f"l{i}", f"label number {i}", "about it") for i in range(4)}
@@ -74,7 +75,7 @@ def test_annotations_are_train_positives_of_the_same_paper(links, classification
 def test_annotations_of_a_task_by_another_task_are_those_of_its_own_examples(classification):
     queries, positives = train_positives(classification)
     annotations = known_annotations(classification, classification)
-    assert as_lists(lists_at(annotations, queries)) == as_lists(positives)
+    assert as_lists(annotations.take(queries)) == as_lists(positives)
 
 
 def test_links_annotate_papers_of_a_classification(links, classification):
@@ -133,6 +134,6 @@ def test_unknown_way_to_match_raises_user_error(classification):
         paper_keys(classification, "name")
 
 
-def test_lists_at_returns_lists_in_the_order_of_the_indices():
+def test_taken_lists_are_in_the_order_of_the_indices():
     lists = Ragged(np.array([0, 2, 2, 5]), np.array([4, 5, 6, 7, 8]))
-    assert as_lists(lists_at(lists, np.array([2, -1, 0, 1, 2]))) == [[6, 7, 8], [], [4, 5], [], [6, 7, 8]]
+    assert as_lists(lists.take(np.array([2, -1, 0, 1, 2]))) == [[6, 7, 8], [], [4, 5], [], [6, 7, 8]]

@@ -7,8 +7,8 @@ import pickle
 import numpy as np
 import pytest
 
-from datamodules.examples import ragged
 from datamodules.hard_negatives import HardNegativeStore, Rounds, write_store
+from datamodules.ragged import Ragged
 from datamodules.records import DROP, POSITIVE, Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import SearchDataModule
 from tests.conftest import toy_collection, trainer_on
@@ -17,7 +17,7 @@ META = {"miner": "any", "model": "aaaa", "step": 0, "k": 10}
 
 
 def mined_of(lists) -> MinedNegatives:
-    starts, rows = ragged(lists)
+    starts, rows = Ragged.of(lists)
     return MinedNegatives(starts, rows, np.arange(len(rows), dtype=np.int32), np.linspace(1, 0, len(rows)), {"any": 3})
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from datamodules.batches import MultiTaskDataModule
-from datamodules.examples import ragged
+from datamodules.ragged import Ragged
 from datamodules.records import Collection, Document, UserError
 from datamodules.relations import (
     LabelSpace,
@@ -32,7 +32,7 @@ def test_estimate_is_the_smoothed_share_of_papers_by_explicit_loops():
     papers = [
         ([a for a in range(4) if rng.random() < 0.4], [b for b in range(3) if rng.random() < 0.5]) for _ in range(30)
     ]
-    first, second = (ragged(lists) for lists in zip(*papers, strict=True))
+    first, second = (Ragged.of(lists) for lists in zip(*papers, strict=True))
     for smoothing in (0.0, 1.0, 2.5):
         weights = estimated(first, second, (5, 3), smoothing)
         for a in range(4):
@@ -50,7 +50,7 @@ def test_estimate_comes_close_to_the_true_relation():
     true = rng.dirichlet(np.full(6, 0.3), size=4)
     first = rng.integers(4, size=4000)
     second = [rng.choice(6, p=true[a]) for a in first]
-    weights = estimated(ragged(first[:, None]), ragged(np.array(second)[:, None]), (4, 6))
+    weights = estimated(Ragged.of(first[:, None]), Ragged.of(np.array(second)[:, None]), (4, 6))
     assert np.abs(distributions(weights) - true).max() < 0.05
     assert np.abs(distributions(np.ones_like(weights)) - true).max() > 0.2
 
@@ -186,7 +186,7 @@ def test_unknown_task_or_collection_raises_user_error(partly_annotated, name, me
 
 
 def test_relation_without_papers_of_both_or_of_too_many_labels_raises_user_error():
-    nothing = ragged([])
+    nothing = Ragged.of([])
     papers = PartialAnnotation(FIRST, SECOND, nothing, np.zeros(0, dtype=bool), (nothing, nothing))
     with pytest.raises(UserError, match="relation: cannot be estimated, because no paper has labels of both"):
         relation_of(papers, "estimated")

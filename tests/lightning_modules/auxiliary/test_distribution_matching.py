@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from datamodules.examples import ragged
+from datamodules.ragged import Ragged
 from datamodules.records import UserError
 from lightning_modules.auxiliary.distribution_matching import (
     FLOOR,
@@ -209,7 +209,7 @@ def test_certain_relations_give_hard_labels(write_relation):
 
 
 def test_all_labels_or_a_sample_with_the_related_ones_are_encoded():
-    known, related = ragged([[], [0], [1, 2]]), ragged([[3], [4, 5], []])
+    known, related = Ragged.of([[], [0], [1, 2]]), Ragged.of([[3], [4, 5], []])
     rows = np.arange(10, 30)
     assert LabelSample(rows, 20, known, related)(np.array([0]), np.array([1]), random.Random(0)).tolist() == [*rows]
     sample = LabelSample(rows, 6, known, related)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from datamodules.examples import ragged
+from datamodules.ragged import Ragged
 from lightning_modules.mining.filters import (
     Sieve,
     absolute_margin,
@@ -40,7 +40,7 @@ def check_same(keeps, expected):
 
 def test_known_positives_and_the_query_itself_are_dropped():
     check_same(
-        not_known_positive(ROWS, ragged(LISTS), QUERY_ROWS),
+        not_known_positive(ROWS, Ragged.of(LISTS), QUERY_ROWS),
         loop(lambda q, j, row: row not in LISTS[q] and row != QUERY_ROWS[q]),
     )
 
@@ -49,7 +49,7 @@ def test_texts_of_positives_and_of_the_query_are_dropped():
     def keeps(q, j, row):
         return TEXTS[row] not in {TEXTS[p] for p in LISTS[q]} | {TEXT_OF_QUERY[q]}
 
-    check_same(different_text(ROWS, ragged(LISTS), TEXTS, TEXT_OF_QUERY), loop(keeps))
+    check_same(different_text(ROWS, Ragged.of(LISTS), TEXTS, TEXT_OF_QUERY), loop(keeps))
 
 
 def test_only_the_first_document_of_a_text_is_kept():
@@ -72,7 +72,7 @@ def test_margins_match_a_loop(margin):
 
 @pytest.mark.parametrize(("which", "function"), [("mean", np.mean), ("lowest", min), ("highest", max)])
 def test_positive_score_is_the_mean_lowest_or_highest(which, function):
-    lists = ragged(LISTS)
+    lists = Ragged.of(LISTS)
     scores = rng.standard_normal(lists[0][-1])
     expected = [function(scores[a:b]) for a, b in zip(lists[0], lists[0][1:], strict=False)]
     np.testing.assert_allclose(positive_score(scores, lists, which), expected)

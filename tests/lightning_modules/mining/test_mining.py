@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.examples import ragged
+from datamodules.ragged import Ragged
 from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.loggers import JsonlLogger, log_histograms
@@ -182,7 +182,7 @@ def test_text_numbers_ignore_case_and_spaces():
 
 
 def example_result(margins, lists, held_out=None, texts=None):
-    starts, rows = ragged(lists)
+    starts, rows = Ragged.of(lists)
     margins = np.array(margins, dtype=np.float32)
     held_out = np.zeros(len(rows), bool) if held_out is None else np.array(held_out)
     texts = rows.astype(np.int64) if texts is None else np.array(texts)
@@ -192,7 +192,7 @@ def example_result(margins, lists, held_out=None, texts=None):
 
 def test_report_figures_match_their_definitions():
     mined = example_result([0.2, -0.1, 0.3, 0.4], [[1, 2], [], [3, 1]], [True, True, False, False], [1, 1, 3, 1])
-    previous = MinedNegatives(*ragged([[2, 9], [1], [1]]), np.zeros(4), np.zeros(4))
+    previous = MinedNegatives(*Ragged.of([[2, 9], [1], [1]]), np.zeros(4), np.zeros(4))
     values = report(mined, 60, previous, 40).values
     assert values == {
         "negatives": 4 / 3,
