@@ -9,6 +9,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Protocol
 
 import lightning as L
@@ -81,8 +82,11 @@ def sampled_by_grade(example: Example, count: int, rng: random.Random) -> list[i
 
 def padded(lists: Sequence[Sequence[int]]) -> Tensor:
     """Return lists of integers as one tensor, (n, longest) int64, padded with -1."""
-    rows = [torch.tensor(values, dtype=torch.int64) for values in lists]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    lengths = np.array([len(values) for values in lists])
+    columns = np.arange(lengths.max(initial=0))
+    table = np.full((len(lists), len(columns)), -1)
+    table[columns < lengths[:, None]] = list(chain.from_iterable(lists))
+    return torch.from_numpy(table)
 
 
 class StoredVectors(Protocol):
