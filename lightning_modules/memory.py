@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,6 +37,10 @@ class Memory:
     def peak(self) -> int:
         """Return the most memory that was in use since the last reset, or since the start."""
         return torch.cuda.max_memory_allocated(self.device) if self.on_gpu else _process_memory("VmHWM")
+
+
+def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _process_memory(key: str) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from rich.table import Table
 from transformers import BertTokenizer
 
@@ -17,16 +17,17 @@ from datamodules.batches import BatchOptions
 from datamodules.files import atomic_folder
 from datamodules.options import option
 from datamodules.packed import ContrastiveBatch
-from datamodules.readers.beir import BeirReader
-from datamodules.records import Task
+from datamodules.readers.beir import BeirReader, BeirWriter
+from datamodules.records import Document, Task
 from datamodules.tasks import SearchDataModule
-from experiments.bench.timing import DEVICES, in_new_process, memory, training_step
+from experiments.bench.timing import DEVICES, in_new_process, training_step
 from experiments.bench.workload import SHAPES
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import random_backbone, word_vocabulary
 from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import resolve_device
 from lightning_modules.throughput import synchronize
 
@@ -84,20 +85,15 @@ def generate(folder: Path, num_documents: int, num_pairs: int) -> None:
     rng = random.Random(0)
     vocabulary = words(rng)
     abstracts = [" ".join(rng.choices(vocabulary, k=60)) for _ in range(5_000)]
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    with open(folder / "corpus.jsonl", "w") as file:
+    with BeirWriter(folder) as writer:
         for i in range(num_documents):
-            record = {"_id": f"paper-{i}", "title": f"{vocabulary[i % 20_000]} {i}", "text": abstracts[i * 7 % 5_000]}
-            file.write(json.dumps(record) + "\n")
-    num_queries = num_pairs // 10
-    with open(folder / "queries.jsonl", "w") as file:
-        for i in range(num_queries):
-            file.write(json.dumps({"_id": f"query-{i}", "text": f"{vocabulary[i % 20_000]} {i % 977}"}) + "\n")
-    with open(folder / "qrels" / "train.tsv", "w") as file:
-        file.write("query-id\tcorpus-id\tscore\n")
-        for i in range(num_queries):
-            first = i * 7919 % num_documents
-            file.writelines(f"query-{i}\tpaper-{(first + 31 * j) % num_documents}\t{int(j > 1)}\n" for j in range(10))
+            title = f"{vocabulary[i % 20_000]} {i}"
+            writer.add_document(Document(f"paper-{i}", title, abstracts[i * 7 % 5_000]))
+        for i in range(num_pairs // 10):
+            writer.add_query(Document(f"query-{i}", "", f"{vocabulary[i % 20_000]} {i % 977}"))
+            for j in range(10):
+                document = (i * 7919 + 31 * j) % num_documents
+                writer.add_judgement("train", f"query-{i}", f"paper-{document}", int(j > 1))
 
 
 def words(rng: random.Random) -> list[str]:
@@ -123,7 +119,8 @@ def measure_batches(
 ) -> dict[str, float]:
     """Measure the loader in this process, starting at a step. launched: time at which the process started."""
     text_tokenizer = tokenizer()
-    before, started = memory(), time.perf_counter()
+    memory = Memory(torch.device("cpu"))
+    before, started = memory.now(), time.perf_counter()
     task = build_task(folder, cache, step + num_batches + 1, workers)
     task.tokenizer = text_tokenizer
     loader = task.train_dataloader()
@@ -136,7 +133,7 @@ def measure_batches(
         count += num_texts([batch])
         kept = [*kept, batch][: STEPS + 1]
     rate = count / (time.perf_counter() - started)
-    figures |= {"memory of the data, GB": memory() - before, "texts per second of the loader": rate}
+    figures |= {"memory of the data, GB": (memory.now() - before) / 1e9, "texts per second of the loader": rate}
     if step:
         training = training_rate(kept, text_tokenizer.get_vocab(), device)
         figures |= {"texts per second of training MiniLM": training, "loader over training": rate / training}

@@ -16,12 +16,13 @@ import torch
 from datamodules.options import option
 from datamodules.records import Benchmark, Document
 from datamodules.text import NameMatcher, input_text
-from experiments.bench.timing import DEVICES, backbone_of, peak_memory
+from experiments.bench.timing import DEVICES, backbone_of
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from experiments.shared.progress import Progress
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import resolve_device
 from lightning_modules.retrieval.evaluation import evaluate, measure
 from lightning_modules.retrieval.ranking import rank_vectors
@@ -180,15 +181,15 @@ def _large(options: BenchOptions, folder: Path) -> None:
         {query: Document(query) for query in ids},
         {query: {f"d{i}": 1 for i in rng.integers(0, count, 10)} for query in ids},
     )
-    before = peak_memory()
-    started = time.perf_counter()
+    memory = Memory(torch.device("cpu"))
+    before, started = memory.peak(), time.perf_counter()
     with Progress("ranking", "pairs", count * len(ids)) as progress:
         device = resolve_device(options.device)
         run = rank_vectors(benchmark, ids, queries, documents, options.k, device=device, advance=progress.advance)
     ranked = time.perf_counter() - started
     metrics = measure(run, benchmark, ["mrr@10000", "precision@10", "ndcg@10", "recall@1000"])
     log.info("ranking %.0f s, measuring %.0f s", ranked, time.perf_counter() - started - ranked)
-    log.info("peak memory %.1f GB, before the ranking %.1f GB", peak_memory(), before)
+    log.info("peak memory %.1f GB, before the ranking %.1f GB", memory.peak() / 1e9, before / 1e9)
     log.info("metrics of random vectors: %s", {name: round(value, 5) for name, value in metrics.items()})
 
 

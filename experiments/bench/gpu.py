@@ -136,7 +136,7 @@ def run_parts(options: GpuOptions, workload: Workload, results: Results) -> None
         measured = PARTS[name][0](workload)
         try:
             for result in measured:
-                results.add(result)
+                results.add(dataclasses.replace(result, part=name) if isinstance(result, Figure) else result)
                 if time.perf_counter() - started > limit:
                     results.skip(name, f"stopped here after its {limit:.0f} s; a larger budget measures more")
                     break

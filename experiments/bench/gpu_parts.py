@@ -16,6 +16,8 @@ import numpy as np
 import torch
 
 from datamodules.packed import ContrastiveBatch, Tokens
+from datamodules.readers.beir import write_beir
+from datamodules.records import Collection, Document
 from datamodules.text import token_ids
 from datamodules.tokens import CACHE, Encoding, tokenise_ahead
 from experiments.bench import mining
@@ -41,6 +43,7 @@ K = 100  # documents per query
 class Figure:
     """A speed.
 
+    part: key of gpu.PARTS, which run_parts sets.
     system: OURS, PEER, or DEVICE for what the hardware or a library can do.
     setting: what was measured, in words.
     speed: in `unit`, such as "texts/s".
@@ -49,7 +52,7 @@ class Figure:
     is_default: whether it is the default setting of sentence-transformers.
     """
 
-    part: str
+    part: str = dataclasses.field(default="", kw_only=True)
     system: str
     setting: str
     speed: float
@@ -67,14 +70,14 @@ def gemm(workload: Workload) -> Iterator[Figure]:
         for shape in ((16 * 4096 if device.type == "cuda" else 2048, size, 4 * size), large):
             speed = gemm_ceiling(device, dtype, shape)
             name = f"{' x '.join(map(str, shape))}, {str(dtype).removeprefix('torch.')}"
-            yield Figure("gemm", DEVICE, name, speed / 1e12, "TFLOP/s", speed)
+            yield Figure(DEVICE, name, speed / 1e12, "TFLOP/s", speed)
 
 
 def tokenizer(workload: Workload) -> Iterator[Figure]:
     """The tokenizer alone, in one call, and in threads that tokenise ahead as `encode` does."""
     texts, documents = workload.texts, workload.documents
     seconds = workload.median_seconds(lambda: token_ids(texts, workload.tokenizer, workload.max_length))
-    yield Figure("tokenizer", DEVICE, "one call", len(texts) / seconds, "texts/s")
+    yield Figure(DEVICE, "one call", len(texts) / seconds, "texts/s")
 
     def ahead() -> None:
         CACHE.clear()
@@ -82,13 +85,13 @@ def tokenizer(workload: Workload) -> Iterator[Figure]:
         for _ in tokenise_ahead((encoding, documents[i : i + 1024]) for i in range(0, len(documents), 1024)):
             pass
 
-    yield Figure("tokenizer", OURS, "ahead, in threads", len(texts) / workload.median_seconds(ahead), "texts/s")
+    yield Figure(OURS, "ahead, in threads", len(texts) / workload.median_seconds(ahead), "texts/s")
 
 
 def encode(workload: Workload) -> Iterator[Figure]:
     """From texts to vectors on the host."""
     yield _encoding(workload, "Vanilla", workload.encoder())
-    yield from _peer_encodings("encode", workload)
+    yield from _peer_encodings(workload)
     for kind in KINDS[1:]:
         yield _encoding(workload, kind, workload.encoder(kind))
     if workload.dtype != torch.float32:
@@ -106,7 +109,7 @@ def compiled(encoder: Encoder) -> Encoder:
     return encoder
 
 
-def _encoding(workload: Workload, setting: str, encoder: Encoder, part: str = "encode", cached: bool = False) -> Figure:
+def _encoding(workload: Workload, setting: str, encoder: Encoder, cached: bool = False) -> Figure:
     """Measure `encode`. cached: whether the token ids are known from an earlier call."""
 
     def run(count: int | None = None) -> None:
@@ -116,17 +119,17 @@ def _encoding(workload: Workload, setting: str, encoder: Encoder, part: str = "e
             encoder.encode(workload.documents[:count], TASK)
 
     seconds = workload.median_seconds(run, None if cached else lambda: run(256), most=5)
-    return _texts_figure(part, OURS, setting, workload, encoder, seconds)
+    return _texts_figure(OURS, setting, workload, encoder, seconds)
 
 
 def _texts_figure(
-    part: str, system: str, setting: str, workload: Workload, encoder: Encoder, seconds: float, is_default: bool = False
+    system: str, setting: str, workload: Workload, encoder: Encoder, seconds: float, is_default: bool = False
 ) -> Figure:
     flops, speed = forward_flops(encoder, workload.lengths, TASK) / seconds, len(workload.documents) / seconds
-    return Figure(part, system, setting, speed, "texts/s", flops, flops / workload.ceiling, is_default)
+    return Figure(system, setting, speed, "texts/s", flops, flops / workload.ceiling, is_default)
 
 
-def _peer_encodings(part: str, workload: Workload) -> Iterator[Figure]:
+def _peer_encodings(workload: Workload) -> Iterator[Figure]:
     if not peer_version():
         return
     sizes = (*BATCH_SIZES[workload.device.type], DEFAULT_BATCH)  # the best ones first
@@ -140,7 +143,7 @@ def _peer_encodings(part: str, workload: Workload) -> Iterator[Figure]:
             )
             is_default = size == DEFAULT_BATCH and attention == "sdpa"
             setting = f"batch {size}, {attention}" + (" (default)" if is_default else "")
-            yield _texts_figure(part, PEER, setting, workload, workload.encoder(), seconds, is_default)
+            yield _texts_figure(PEER, setting, workload, workload.encoder(), seconds, is_default)
 
 
 def forward(workload: Workload) -> Iterator[Figure]:
@@ -160,7 +163,7 @@ def forward(workload: Workload) -> Iterator[Figure]:
                     _forward_each(encoder, batches)
 
         seconds = workload.median_seconds(run)
-        return _texts_figure("forward", OURS, setting, workload, encoder, seconds)
+        return _texts_figure(OURS, setting, workload, encoder, seconds)
 
     yield figure("Vanilla, weights cast once", encoder, True)
     if peer_version():
@@ -169,7 +172,7 @@ def forward(workload: Workload) -> Iterator[Figure]:
             padded = peer.sorted_batches(workload.texts, size)
             seconds = workload.median_seconds(lambda peer=peer, padded=padded: peer.forward(padded))
             setting = f"batch {size}, {attention}"
-            yield _texts_figure("forward", PEER, setting, workload, encoder, seconds)
+            yield _texts_figure(PEER, setting, workload, encoder, seconds)
     if workload.dtype != torch.float32:
         yield figure("Vanilla, weights cast for each batch", encoder, False)
     yield figure("MoE", workload.encoder("MoE"), True)
@@ -184,22 +187,21 @@ def _forward_each(encoder: Encoder, batches: Sequence[Tokens]) -> None:
 def train(workload: Workload) -> Iterator[Figure]:
     """Training steps: queries with one positive and one hard negative each, clipping, and fused AdamW."""
     batches = [workload.batch(workload.queries, number=number) for number in range(4)]
-    yield _step_figure("train", "Vanilla, dropout 0", workload, workload.new_encoder(), batches)
+    yield _step_figure("Vanilla, dropout 0", workload, workload.new_encoder(), batches)
     if peer_version():
         for attention, dropout in itertools.product(attentions(workload), (0.0, 0.1)):
             step = Peer(workload, attention).training_step(workload.queries, dropout)
             seconds, is_default = workload.median_seconds(step), attention == "sdpa" and dropout > 0
             setting = f"dropout {dropout:g}, {attention}" + (" (default)" if is_default else "")
-            yield _pairs_figure("train", PEER, setting, workload, workload.encoder(), batches[:1], seconds, is_default)
+            yield _pairs_figure(PEER, setting, workload, workload.encoder(), batches[:1], seconds, is_default)
     for name, rates in list(DROPOUTS.items())[1:]:
-        yield _step_figure("train", f"Vanilla, {name}", workload, workload.new_encoder(), batches, rates)
+        yield _step_figure(f"Vanilla, {name}", workload, workload.new_encoder(), batches, rates)
     for kind in KINDS[1:]:
-        yield _step_figure("train", f"{kind}, dropout 0", workload, workload.new_encoder(kind), batches)
-    yield _step_figure("train", "Vanilla, dropout 0, compiled", workload, compiled(workload.new_encoder()), batches)
+        yield _step_figure(f"{kind}, dropout 0", workload, workload.new_encoder(kind), batches)
+    yield _step_figure("Vanilla, dropout 0, compiled", workload, compiled(workload.new_encoder()), batches)
 
 
 def _step_figure(
-    part: str,
     setting: str,
     workload: Workload,
     encoder: Encoder,
@@ -209,11 +211,10 @@ def _step_figure(
 ) -> Figure:
     set_dropout(encoder.backbone, *dropout)
     seconds = workload.median_seconds(workload.training_step(encoder, batches, grad_cache))
-    return _pairs_figure(part, OURS, setting, workload, encoder, batches, seconds)
+    return _pairs_figure(OURS, setting, workload, encoder, batches, seconds)
 
 
 def _pairs_figure(
-    part: str,
     system: str,
     setting: str,
     workload: Workload,
@@ -226,7 +227,7 @@ def _pairs_figure(
     lengths = [length for batch in batches for chunk in batch.chunks for length in chunk.lengths]
     flops = training_flops(encoder, np.array(lengths), TASK) / len(batches) / seconds
     pairs = len(batches[0].queries) / seconds
-    return Figure(part, system, setting, pairs, "pairs/s", flops, flops / workload.ceiling, is_default)
+    return Figure(system, setting, pairs, "pairs/s", flops, flops / workload.ceiling, is_default)
 
 
 def grad_cache(workload: Workload) -> Iterator[Figure]:
@@ -234,7 +235,7 @@ def grad_cache(workload: Workload) -> Iterator[Figure]:
     pairs = workload.cached_pairs
     batches = [workload.batch(pairs, hard_negatives=0)]
     once = dataclasses.replace(workload, seconds=0.0)  # one step, after a warm-up
-    yield _step_figure("grad_cache", f"{pairs:,} pairs", once, workload.new_encoder(), batches, grad_cache=True)
+    yield _step_figure(f"{pairs:,} pairs", once, workload.new_encoder(), batches, grad_cache=True)
     if peer_version():
         for size in reversed(MINI_BATCHES[workload.device.type]):
             step = Peer(workload).training_step(pairs, 0.0, hard_negatives=0, mini_batch=size)
@@ -242,7 +243,7 @@ def grad_cache(workload: Workload) -> Iterator[Figure]:
             seconds, is_default = once.median_seconds(step, warm_up), size == 32
             setting = f"{pairs:,} pairs, chunks of {size}" + (" (default)" if is_default else "")
             encoder = workload.encoder()
-            yield _pairs_figure("grad_cache", PEER, setting, workload, encoder, batches, seconds, is_default)
+            yield _pairs_figure(PEER, setting, workload, encoder, batches, seconds, is_default)
 
 
 def search(workload: Workload) -> Iterator[Figure]:
@@ -255,7 +256,7 @@ def search(workload: Workload) -> Iterator[Figure]:
 
     def figure(system: str, setting: str, run: Callable[[], Any]) -> Figure:
         seconds = workload.median_seconds(run, most=3)
-        return Figure("search", system, f"{setting}: {size}", len(queries) / seconds, "queries/s", flops / seconds)
+        return Figure(system, f"{setting}: {size}", len(queries) / seconds, "queries/s", flops / seconds)
 
     yield figure(
         OURS, f"top {K}, from vectors on the host", lambda: top_k(queries, documents, K, device=workload.device)
@@ -276,26 +277,26 @@ def minilm(workload: Workload) -> Iterator[Figure]:
     small = dataclasses.replace(workload, shape=shape, folder=folder, _encoders={})
     encoder = small.encoder()
     small.ceiling = encoder_ceiling(encoder, small.dtype)
-    yield _encoding(small, "cached tokens", encoder, "minilm", cached=True)
-    yield from _peer_encodings("minilm", small)
-    yield _encoding(small, "from texts", encoder, "minilm")
-    yield _encoding(small, "cached tokens, compiled", compiled(encoder), "minilm", cached=True)
+    yield _encoding(small, "cached tokens", encoder, cached=True)
+    yield from _peer_encodings(small)
+    yield _encoding(small, "from texts", encoder)
+    yield _encoding(small, "cached tokens, compiled", compiled(encoder), cached=True)
 
 
 def make_train(workload: Workload) -> Iterator[Figure]:
     """A real run with loader, logging, W&B offline and checkpoints, next to the bare step."""
     batches = [workload.batch(workload.queries, number=number) for number in range(4)]
-    yield _step_figure("make_train", "bare step", workload, workload.new_encoder(), batches)
+    yield _step_figure("bare step", workload, workload.new_encoder(), batches)
     pairs = real_training(workload, workload.folder / "training")
     setting, seconds = "make train, from its first to its last log row", workload.queries / pairs
-    yield _pairs_figure("make_train", OURS, setting, workload, workload.encoder(), batches, seconds)
+    yield _pairs_figure(OURS, setting, workload, workload.encoder(), batches, seconds)
 
 
 def real_training(workload: Workload, folder: Path) -> float:
     """Run `make train` on the workload's texts. Return its pairs per second between the first and the last log row."""
     folder.mkdir(parents=True)
     steps, log_every, save_every = (300, 20, 200) if workload.device.type == "cuda" else (12, 4, 6)
-    _write_beir(workload, folder / "data")
+    _write_texts(workload.documents, folder / "data")
     save_dense(workload.encoder(), TASK, folder / "backbone")
     settings = {
         "run.dir": folder / "run",
@@ -331,17 +332,14 @@ def real_training(workload: Workload, folder: Path) -> float:
     return (last["step"] - first["step"]) * workload.queries / (last["time"] - first["time"])
 
 
-def _write_beir(workload: Workload, folder: Path) -> None:
-    """Write the texts in BEIR layout: a third are queries, with a positive and a judged negative each."""
-    count = max(1, len(workload.documents) // 3)
-    (folder / "qrels").mkdir(parents=True)
-    for name, first, last in (("queries", 0, count), ("corpus", count, 3 * count)):
-        with open(folder / f"{name}.jsonl", "w", encoding="utf-8") as file:
-            for document in workload.documents[first:last]:
-                file.write(json.dumps({"_id": document.id, "title": document.title, "text": document.text}) + "\n")
-    ids = [document.id for document in workload.documents]
-    for split, queries in (("train", range(count)), ("test", range(min(count, 16)))):
-        with open(folder / "qrels" / f"{split}.tsv", "w", encoding="utf-8") as file:
-            file.write("query-id\tcorpus-id\tscore\n")
-            for i in queries:
-                file.write(f"{ids[i]}\t{ids[count + i]}\t1\n{ids[i]}\t{ids[2 * count + i]}\t0\n")
+def _write_texts(documents: Sequence[Document], folder: Path) -> None:
+    """Write texts in BEIR layout: a third are queries, with a positive and a judged negative each."""
+    count = max(1, len(documents) // 3)
+    queries, positives, negatives = (documents[i * count : (i + 1) * count] for i in range(3))
+    train = {
+        query.id: {positive.id: 1, negative.id: 0}
+        for query, positive, negative in zip(queries, positives, negatives, strict=True)
+    }
+    qrels = {"train": train, "test": dict(list(train.items())[:16])}
+    corpus, queries = ({document.id: document for document in texts} for texts in ([*positives, *negatives], queries))
+    write_beir(Collection(corpus, queries, qrels), folder)

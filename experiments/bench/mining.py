@@ -15,9 +15,10 @@ import torch
 from datamodules.options import option
 from datamodules.ragged import Ragged
 from datamodules.records import Document, MiningPool
-from experiments.bench.timing import DEVICES, peak_memory
+from experiments.bench.timing import DEVICES
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
+from lightning_modules.memory import Memory
 from lightning_modules.mining.mine import mine
 from lightning_modules.mining.mining_options import MiningOptions
 from lightning_modules.mining.report import report, table
@@ -65,7 +66,8 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(options.threads)
     vectors = random_vectors(options.documents, options.queries, options.dimension, options.clusters, device)
     mining = MiningOptions(k=options.k, memory_mb=options.memory_mb, backend=options.backend)
-    before, start, cpu_start = peak_memory(), time.perf_counter(), time.process_time()
+    memory = Memory(torch.device("cpu"))
+    before, start, cpu_start = memory.peak(), time.perf_counter(), time.process_time()
     mined = mine(vectors.encoder, vectors.pool, options=mining, vectors=vectors)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     for line in table({"random": report(mined, step=0)}):
@@ -77,7 +79,7 @@ def main(arguments: Sequence[str]) -> None:
         options.threads,
         seconds,
         cpu_seconds,
-        peak_memory() - before,
+        (memory.peak() - before) / 1e9,
     )
 
 

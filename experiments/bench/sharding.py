@@ -25,8 +25,9 @@ from experiments.shared.console import entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.distributed.sharding import shard, slice_of
 from lightning_modules.encoders.moe import MoEEncoder
-from lightning_modules.memory import Memory
+from lightning_modules.memory import Memory, num_bytes
 from lightning_modules.retrieval.compute import resolve_device
+from lightning_modules.throughput import synchronize
 
 M_MMAP_THRESHOLD = -3  # option of glibc's mallopt
 STRATEGIES = ("ddp", "fsdp", "fsdp, GradCache")
@@ -98,8 +99,7 @@ def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) 
         step(batch).backward()
         module.configure_gradient_clipping(optimizer, 1.0)
         optimizer.step()
-        if on_gpu:
-            torch.cuda.synchronize()
+        synchronize(device)
 
     take(), take()
     peak = (memory.peak() - before) / 1e6
@@ -111,7 +111,7 @@ def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) 
         "gradients": [p.grad for p in module.parameters() if p.grad is not None],
         "optimizer": [s for state in optimizer.state.values() for s in state.values() if torch.is_tensor(s)],
     }
-    figures = {f"{name}, MB": megabytes(kind) for name, kind in tensors.items()}
+    figures = {f"{name}, MB": num_bytes(map(slice_of, kind)) / 1e6 for name, kind in tensors.items()}
     dist.destroy_process_group()
     return figures | {"peak, MB": peak, "time per step, ms": 1e3 * statistics.median(times)}
 
@@ -131,10 +131,6 @@ def make_module(options: ShardingOptions, grad_cache: bool) -> ContrastiveModule
     backbone, tokenizer = backbone_of(vars(options), VOCABULARY - 5)
     encoder = MoEEncoder(backbone, tokenizer, tasks_of(options.experts), pooling="mean")
     return ContrastiveModule(encoder, grad_cache=grad_cache, total_steps=1000, similarity="cosine", temperature=0.05)
-
-
-def megabytes(tensors: Sequence[Tensor]) -> float:
-    return sum(slice_of(tensor).numel() * tensor.element_size() for tensor in tensors) / 1e6
 
 
 def _mallopt(option: int, value: int) -> None:

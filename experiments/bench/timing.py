@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,9 +52,19 @@ def tasks_of(count: int) -> dict[str, str]:
 def random_pairs(task: str, pairs: int, tokens: int, token_budget: int, seed: int = 0) -> ContrastiveBatch:
     """Return queries with one positive each. All texts have `tokens` random tokens of VOCABULARY."""
     texts = np.random.default_rng(seed).integers(5, VOCABULARY, (2 * pairs, tokens))
-    examples = [Example(i, (pairs + i,), (1,), (), (pairs + i,)) for i in range(pairs)]
-    collator = Collator(task, examples, texts, token_budget=token_budget, num_hard_negatives=0, seed=0)
-    return collator([(i, 0) for i in range(pairs)], 0)
+    return batch_of(task, texts, pairs, token_budget)
+
+
+def batch_of(
+    task: str, texts: Sequence[np.ndarray], pairs: int, token_budget: int, hard_negatives: int = 0, number: int = 0
+) -> ContrastiveBatch:
+    """Return a batch of the first texts as queries, the next as their positives, and the next as hard negatives.
+
+    texts: token ids. number: number of the batch, the seed of its dropout.
+    """
+    examples = [Example(i, (pairs + i,), (1,), (2 * pairs + i,) * hard_negatives, (pairs + i,)) for i in range(pairs)]
+    budgets = {"token_budget": token_budget, "num_hard_negatives": hard_negatives}
+    return Collator(task, examples, texts, **budgets, seed=number)([(i, 0) for i in range(pairs)], number)
 
 
 def training_step(
@@ -92,17 +101,6 @@ def time_ratio(function: Run, base: Run, rounds: int) -> float:
         times = {each: seconds(each) for each in ((function, base) if i % 2 else (base, function))}
         ratios.append(times[function] / times[base])
     return statistics.median(ratios)
-
-
-def memory() -> float:
-    """Return the resident memory of this process, in GB."""
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1e6
-
-
-def peak_memory() -> float:
-    """Return the peak of the resident memory of this process, in GB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
 def in_new_process(function: Callable[..., T], *arguments: object) -> T:

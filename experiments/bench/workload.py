@@ -17,11 +17,10 @@ import numpy as np
 import torch
 from transformers import BertTokenizer
 
-from datamodules.batches import Collator
 from datamodules.packed import ContrastiveBatch, Tokens
-from datamodules.records import Document, Example, UserError
+from datamodules.records import Document, UserError
 from datamodules.text import input_text, length_sorted_chunks, token_ids
-from experiments.bench.timing import training_step
+from experiments.bench.timing import batch_of, training_step
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone, set_dropout
 from lightning_modules.encoders.base import Encoder
@@ -121,14 +120,8 @@ class Workload:
         """
         per_query = 2 + hard_negatives
         rows = [i % len(self.ids) for i in range(number * pairs * per_query, (number + 1) * pairs * per_query)]
-        ids = [self.ids[row] for row in rows]
-        examples = [
-            Example(i, (pairs + i,), (1,), tuple(2 * pairs + i for _ in range(hard_negatives)), (pairs + i,))
-            for i in range(pairs)
-        ]
-        budget = default_token_budget(self.device)
-        collator = Collator(TASK, examples, ids, token_budget=budget, num_hard_negatives=hard_negatives, seed=number)
-        return collator([(i, 0) for i in range(pairs)], number).to(self.device)
+        texts, budget = [self.ids[row] for row in rows], default_token_budget(self.device)
+        return batch_of(TASK, texts, pairs, budget, hard_negatives, number).to(self.device)
 
     def training_step(
         self, encoder: Encoder, batches: Sequence[ContrastiveBatch], grad_cache: bool = False
@@ -171,10 +164,10 @@ def synthetic_tokenizer() -> BertTokenizer:
     rng, letters = random.Random(0), string.ascii_lowercase
 
     def strings(count: int, shortest: int, longest: int) -> list[str]:
-        found: dict[str, None] = {}
-        while len(found) < count:
-            found["".join(rng.choices(letters, k=rng.randint(shortest, longest)))] = None
-        return list(found)
+        drawn: dict[str, None] = {}
+        while len(drawn) < count:
+            drawn["".join(rng.choices(letters, k=rng.randint(shortest, longest)))] = None
+        return list(drawn)
 
     pieces = [*letters, *strings(NUM_WORDS, 3, 9), *(f"##{x}" for x in (*letters, *strings(NUM_SUFFIXES, 2, 4)))]
     return BertTokenizer(vocab={token: i for i, token in enumerate(dict.fromkeys([*SPECIAL_TOKENS, *pieces]))})
