@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from datamodules.files import atomic_folder, expanded, read_json, write_json
 from datamodules.locks import lock_file
 from datamodules.options import option
 from datamodules.readers.beir import write_beir
-from datamodules.records import Collection, Reader, UserError, check_choices
+from datamodules.records import Collection, Reader, UserError, check_choices, explained
 from experiments.config.arguments import parse
 from experiments.config.targets import accepted_arguments, check_target, instantiate
 from experiments.download.fetch import check_url
@@ -96,11 +95,9 @@ def _check(options: DataOptions) -> None:
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """Let only one command at a time build in a folder."""
-    try:
+    with explained(f"data.root: {root} cannot be written"):
         root.mkdir(parents=True, exist_ok=True)
         lock = lock_file(root / ".lock", wait=False)
-    except OSError as error:
-        raise UserError(f"data.root: {root} cannot be written ({error.strerror})") from error
     if lock is None:
         raise UserError(f"data.root: another command is working in {root}; wait until it ends")
     with lock:
@@ -160,16 +157,9 @@ class Output:
 
     def _write(self, collection: Collection, stamp: Mapping[str, Any]) -> None:
         """Replace the folder of an earlier build once the new one is complete."""
-        for stale in self.folder.parent.glob(f".{self.folder.name}-*"):  # left by a killed command
-            shutil.rmtree(stale, ignore_errors=True)
-        try:
-            with atomic_folder(self.folder) as folder:
-                write_beir(collection, folder, compress=True)
-                write_json(folder / STAMP, stamp)
-        except OSError as error:
-            raise UserError(
-                f"{self.folder}: cannot be written ({error.strerror}); run the same command again"
-            ) from error
+        with explained(f"{self.folder}: cannot be written"), atomic_folder(self.folder) as folder:
+            write_beir(collection, folder, compress=True)
+            write_json(folder / STAMP, stamp)
 
 
 def _check_available(sources: Sources, outputs: Sequence[Output]) -> None:

@@ -1,5 +1,6 @@
 """`make data`: the recipes on small files from a local server."""
 
+import errno
 import hashlib
 import io
 import json
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from datamodules.readers.beir import BeirReader
-from datamodules.records import UserError
+from datamodules.records import Collection, UserError
 from experiments import data
 from experiments.data import main
 from experiments.download import fetch, sources
@@ -405,6 +406,20 @@ def test_folder_of_the_user_is_not_overwritten(server, tmp_path, recipe):
     with pytest.raises(UserError, match="maple_cs: exists, but no recipe built it"):
         make(recipe, server, tmp_path / "root", "only=maple_cs")
     assert user_file.read_text() == "mine"
+
+
+def test_the_only_copy_of_a_folder_survives_a_build_that_fails(tmp_path, monkeypatch):
+    """A command that is killed while it replaces a folder may leave the old one as the only copy."""
+    copy = tmp_path / ".maple_cs-12345678.partial.old"
+    copy.mkdir()
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data, "write_beir", full)
+    with pytest.raises(UserError, match="maple_cs: cannot be written .*No space left"):
+        data.Output(tmp_path / "maple_cs", None, None, [])._write(Collection({}, {}, {}), {})
+    assert copy.is_dir()
 
 
 def test_bad_lines_can_be_skipped(server, tmp_path, recipe):
