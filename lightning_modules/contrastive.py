@@ -34,7 +34,7 @@ from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_par
 
 log = logging.getLogger(__name__)
 
-START = "start"  # the vector teacher that is the encoder before training
+START_TEACHER = "start"  # the vector teacher that is the encoder before training
 VECTORS = "teacher-vectors"  # folder in that of converted collections
 
 
@@ -77,7 +77,7 @@ class ContrastiveModule(L.LightningModule):
         options, tasks = ObjectiveOptions(**objective), tasks or list(encoder.tasks)
         self.optim, self.total_steps, self.grad_cache = optim or OptimOptions(), total_steps, grad_cache
         check_options(self.optim)
-        if options.vector_teacher.model == START and vector_teacher_model is None:
+        if options.vector_teacher.model == START_TEACHER and vector_teacher_model is None:
             vector_teacher_model = FrozenEncoder(copy.deepcopy(encoder))
         frozen_models = {"guide": guide_model, "teacher": teacher_model, "vector_teacher": vector_teacher_model}
         for role, model in frozen_models.items():

@@ -19,7 +19,7 @@ from experiments.build.models import device_of
 from experiments.config.schema import Config
 from experiments.config.targets import accepted_arguments, instantiate
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
-from lightning_modules.contrastive import START, ContrastiveModule
+from lightning_modules.contrastive import START_TEACHER, ContrastiveModule
 from lightning_modules.encoders.backbone import (
     PACKAGE,
     installed,
@@ -223,7 +223,7 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
         with prefixed("optim."):
             ExpertDecay(encoder, config.optim.expert_decay)  # raises UserError without experts
     vector_teacher = objective.vector_teacher
-    has_file = vector_teacher.model not in (None, START)
+    has_file = vector_teacher.model not in (None, START_TEACHER)
     module = ContrastiveModule(
         encoder,
         tasks=list(config.task),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import warnings
 from pathlib import Path
 
 import lightning as L
@@ -72,10 +71,10 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
     evaluation = _build_evaluation(config, data, folder) if config.evaluation.every_n_steps else None
     callbacks += [evaluation] if evaluation else []
     callbacks += build_mining_callback(config, data, folder, batches_per_step(config))
-    own = {name: instantiate(node, f"callbacks.{name}") for name, node in config.callbacks.items()}
-    for name, callback in own.items():
+    user_callbacks = {name: instantiate(node, f"callbacks.{name}") for name, node in config.callbacks.items()}
+    for name, callback in user_callbacks.items():
         _check_monitor(f"callbacks.{name}", callback, evaluation)
-    callbacks += own.values()
+    callbacks += user_callbacks.values()
     last = LastCheckpoint(folder / LAST, config.checkpoint.every_n_steps)
     callbacks += [NegativesReport(), RankReport(), Heartbeat(config.trainer.timeout), last, Preemption(last)]
     if on_a_terminal():
@@ -116,7 +115,7 @@ def _build_evaluation(config: Config, data: MultiTaskDataModule, folder: Path) -
 
 
 def _check_monitor(key: str, callback: L.Callback, evaluation: Evaluation | None) -> None:
-    """Raise UserError for a callback of Lightning that waits for an unknown metric, or for a lower one."""
+    """Raise UserError for a callback of Lightning that monitors an unknown metric, or minimises one."""
     monitor = getattr(callback, "monitor", None)
     if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None:
         return
@@ -170,31 +169,29 @@ def build_trainer(
     plugins = [SafeCheckpointIO(folder / LAST, config.checkpoint.keep), *_environment(config)]
     if precision == "fp16" and device_of(config).type == "cpu":  # Lightning alone would compute in bf16
         lightning_precision, plugins = None, [MixedPrecision("16-mixed", "cpu"), *plugins]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*srun.*")
-        return L.Trainer(
-            default_root_dir=folder,
-            max_steps=settings.max_steps,
-            max_epochs=-1,
-            accelerator=settings.accelerator,
-            devices=settings.devices,
-            num_nodes=settings.num_nodes,
-            strategy=_strategy(config, encoder),
-            precision=lightning_precision,
-            gradient_clip_val=settings.gradient_clip_val or None,
-            accumulate_grad_batches=batches_per_step(config),
-            callbacks=callbacks,
-            logger=loggers,
-            plugins=plugins,
-            # LastCheckpoint and Evaluation write the checkpoints; Lightning would add a callback of its own.
-            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-            enable_progress_bar=on_a_terminal(),
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_val_batches=0,
-            check_val_every_n_epoch=2,  # with 1, EarlyStopping and ModelCheckpoint would not wait for Evaluation
-            log_every_n_steps=settings.log_every_n_steps,
-        )
+    return L.Trainer(
+        default_root_dir=folder,
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        accelerator=settings.accelerator,
+        devices=settings.devices,
+        num_nodes=settings.num_nodes,
+        strategy=_strategy(config, encoder),
+        precision=lightning_precision,
+        gradient_clip_val=settings.gradient_clip_val or None,
+        accumulate_grad_batches=batches_per_step(config),
+        callbacks=callbacks,
+        logger=loggers,
+        plugins=plugins,
+        # LastCheckpoint and Evaluation write the checkpoints; Lightning would add a callback of its own.
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+        enable_progress_bar=on_a_terminal(),
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        check_val_every_n_epoch=2,  # with 1, EarlyStopping and ModelCheckpoint would not wait for Evaluation
+        log_every_n_steps=settings.log_every_n_steps,
+    )
 
 
 def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:

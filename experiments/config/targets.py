@@ -57,21 +57,15 @@ def check_targets(config: Config) -> None:
         config.callbacks[name] = check_target(f"callbacks.{name}", node, Callback, packages=allowed)
     for name, node in config.losses.items():
         config.losses[name] = check_target(f"losses.{name}", node, AuxiliaryLoss, LOSS_ARGUMENTS, packages=allowed)
-    config.mining.miner = check_target("mining.miner", config.mining.miner, Miner, packages=allowed)
-    for name, node in config.mining.miners.items():
-        if name not in config.tasks:
-            raise unknown("task in mining.miners", name, config.tasks)
-        key = f"mining.miners.{name}"
-        config.mining.miners[name] = check_target(key, node, Miner, packages=allowed) if node else None
-    if config.mining.judge is not None:
-        config.mining.judge = check_target(
-            "mining.judge", config.mining.judge, Judge, JUDGE_ARGUMENTS, packages=allowed
-        )
-    for name, node in config.mining.judges.items():
-        if name not in config.tasks:
-            raise unknown("task in mining.judges", name, config.tasks)
-        key = f"mining.judges.{name}"
-        config.mining.judges[name] = check_target(key, node, Judge, JUDGE_ARGUMENTS, packages=allowed) if node else None
+    for kind, base, provided in (("miner", Miner, ()), ("judge", Judge, JUDGE_ARGUMENTS)):
+        node, nodes = getattr(config.mining, kind), getattr(config.mining, f"{kind}s")
+        if node is not None:
+            setattr(config.mining, kind, check_target(f"mining.{kind}", node, base, provided, packages=allowed))
+        for name, node in nodes.items():
+            key = f"mining.{kind}s"
+            if name not in config.tasks:
+                raise unknown(f"task in {key}", name, config.tasks)
+            nodes[name] = check_target(f"{key}.{name}", node, base, provided, packages=allowed) if node else None
     check_readers(config)
 
 
@@ -107,7 +101,7 @@ def check_target(
         raise UserError(f"{key}._target_: expected a subclass of {base.__name__}, got {path!r}")
     arguments = {name: value for name, value in node.items() if name != "_target_"}
     if inspect.isabstract(cls):
-        raise UserError(f"{key}._target_: expected a class that can be used, got {path!r}, which only others build on")
+        raise UserError(f"{key}._target_: expected a concrete class, got the abstract class {path!r}")
     return {"_target_": _full_path(node["_target_"], package)} | _check_arguments(key, cls, arguments, provided)
 
 

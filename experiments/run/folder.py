@@ -45,22 +45,31 @@ log = logging.getLogger(__name__)
 
 # Prefixes of keys that may change between the attempts of a run.
 CHANGEABLE = (
-    *(
-        "run.dir",
-        "run.resume",
-        "wandb.",
-        "loggers",
-        "evaluation.",
-        "checkpoint.",
-        "data.num_workers",
-        "data.token_budget",
-    ),
+    "run.dir",
+    "run.resume",
+    "wandb.",
+    "loggers",
+    "evaluation.",
+    "checkpoint.",
     "extend.packages",
-    *("data.cache", "mining.memory_mb", "mining.store"),
-    # These change with the number of ranks; the loader checks that the global batch stays the same.
-    *("data.batch_size", "data.batch_tokens"),
-    *("trainer.max_steps", "trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
-    *("trainer.log_every_n_steps", "trainer.strategy", "trainer.timeout", "trainer.peak_tflops", "trainer.compile"),
+    "data.num_workers",
+    "data.token_budget",
+    "data.cache",
+    # These two change with the number of ranks; the loader checks that the global batch stays the same.
+    "data.batch_size",
+    "data.batch_tokens",
+    "mining.memory_mb",
+    "mining.store",
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.log_every_n_steps",
+    "trainer.strategy",
+    "trainer.timeout",
+    "trainer.peak_tflops",
+    "trainer.compile",
 )
 PACKAGES = ("torch", "lightning", "transformers", "omegaconf", "wandb", "faiss-cpu", "faiss-gpu", "bm25s", "numpy")
 

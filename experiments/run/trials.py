@@ -39,7 +39,7 @@ POLL_EVERY = 3.0  # seconds between two checks of the metric that a trial logs
 REPORT_EVERY = 20.0  # seconds between two log lines on a trial's progress
 LOG_TAIL = 15  # lines of a failed trial's log in the error message
 ENDED = ("finished", "stopped")  # stopped: by early_terminate
-MAKE_VARIABLES = ("EXTRAS", "PY", "PYTHON", "VENV")  # variables of an outer make that a trial inherits
+INHERITED_VARIABLES = ("EXTRAS", "PY", "PYTHON", "VENV")  # variables of an outer make that a trial inherits
 
 
 @dataclass(frozen=True)
@@ -369,6 +369,6 @@ def environment(slot: int, parallel: int) -> dict[str, str]:
 
 def _make_variables() -> list[str]:
     words = shlex.split(os.environ.get("MAKEFLAGS", ""))
-    inherited = [word for word in words if word.partition("=")[0] in MAKE_VARIABLES]
+    inherited = [word for word in words if word.partition("=")[0] in INHERITED_VARIABLES]
     has_python = any(word.startswith("PY=") for word in inherited)
     return inherited if has_python else [*inherited, f"PY={sys.executable}"]

@@ -247,7 +247,7 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
         ),
         (
             ["moe", "losses={a: {_target_: lightning_modules.auxiliary.auxiliary_loss.AuxiliaryLoss}}"],
-            ["losses.a._target_: expected a class that can be used"],
+            ["losses.a._target_: expected a concrete class, got the abstract class"],
         ),
         (["moe", "experiment=vanilla"], ["the experiment is the first argument"]),
         (["moe", "tasks=[search,search]"], ["tasks: each task may be named only once"]),
