@@ -44,6 +44,11 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def option_key(field: dataclasses.Field) -> str:
+    """Return the name of an option on the command line."""
+    return field.metadata.get("key") or field.name
+
+
 def check_options(options: Any, prefix: str = "") -> None:
     """Raise UserError for a value outside its bounds or choices, in this dataclass and those inside it.
 
@@ -51,7 +56,7 @@ def check_options(options: Any, prefix: str = "") -> None:
     """
     hints = get_type_hints(type(options))
     for field in dataclasses.fields(options):
-        key = prefix + (field.metadata.get("key") or field.name)
+        key = prefix + option_key(field)
         value = getattr(options, field.name)
         choices = field.metadata.get("choices") or literal_choices(hints[field.name])
         if get_origin(hints[field.name]) in (list, tuple) and str in get_args(hints[field.name]):

@@ -22,8 +22,8 @@ from datamodules.loader import default_num_workers
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import Benchmark
 from datamodules.tasks import TaskDataModule
-from experiments.build.data import batches_per_step, build_data, describe_schedule, ranks_of
-from experiments.build.models import device_of
+from experiments.build.data import batches_per_step, build_data, describe_schedule
+from experiments.build.models import device_of, ranks_of
 from experiments.build.module import build_module, describe_parameters, first_batches
 from experiments.build.trainer import build_balance, precision_of
 from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
@@ -31,7 +31,7 @@ from experiments.config.schema import Config
 from experiments.shared.console import counted, entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.memory import Memory
+from lightning_modules.memory import Memory, num_bytes
 from lightning_modules.retrieval.compute import computing_in, describe_device
 from lightning_modules.task_balance import GradientBalance, TaskGradients
 from lightning_modules.throughput import (
@@ -40,6 +40,7 @@ from lightning_modules.throughput import (
     encoder_ceiling,
     num_positions,
     pads_attention,
+    synchronize,
     text_lengths,
 )
 
@@ -63,14 +64,14 @@ class TaskCost:
     """Mean cost of a batch of a task on one rank."""
 
     seconds: float  # waiting for the batch, forward and backward
-    waiting: float  # seconds of these until the batch is prepared
+    waiting: float  # part of `seconds` spent waiting for the batch
     tokens: float
     positions: float  # tokens and padding
     pairs: float  # of a query and one of its positives
     queries: float
     documents: float  # candidates of each query, over all ranks
     batches: int  # number of batches in the whole training, on each rank
-    scores: float  # bytes, of the similarities with the documents of all ranks
+    scores: float  # bytes of the similarities to the documents of all ranks
     flops: float  # useful operations of forward and backward
 
 
@@ -173,7 +174,7 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
         tokenising += started - began
         batches[task.task.name] = _batches(task, data, WARM_UP + MEASURED)
         preparing[task.task.name] = (time.perf_counter() - started) / (WARM_UP + MEASURED)
-    weights = _bytes(module)
+    weights = num_bytes(module.parameters())
     for warm_up in batches.values():
         for batch in warm_up[:WARM_UP]:
             steps.take(batch)
@@ -217,17 +218,15 @@ def _batches(task: TaskDataModule, data: MultiTaskDataModule, count: int) -> lis
     return [dataclasses.replace(batch, step=last) for batch in first_batches(task, data.tokenizer, count)]
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
 def _gathered_bytes(encoder: Encoder) -> int:
     """Return the bytes of unsharded weights and gradients during a sharded step.
 
     These are the modules outside the layers plus two adjacent layers, because the next layer is gathered in advance.
     """
-    layers = [_bytes(nn.ModuleList(encoder.layer_modules(index))) for index in range(encoder.num_layers)]
-    return 2 * (_bytes(encoder) - sum(layers) + max(map(sum, pairwise(layers)), default=layers[0]))
+    modules = [nn.ModuleList(encoder.layer_modules(index)) for index in range(encoder.num_layers)]
+    layers = [num_bytes(module.parameters()) for module in modules]
+    outside = num_bytes(encoder.parameters()) - sum(layers)
+    return 2 * (outside + max(map(sum, pairwise(layers)), default=layers[0]))
 
 
 def _balance_cost(config: Config, module: ContrastiveModule) -> tuple[int, float]:
@@ -244,8 +243,7 @@ def _balance_cost(config: Config, module: ContrastiveModule) -> tuple[int, float
         balance.gradients.add(task, gradients)
     balance.gradients.apply(balance.coefficients(trainer, losses))
     float(trained[-1].grad.sum())  # wait for the GPU
-    values = balance.gradients.values
-    return values.numel() * values.element_size(), time.perf_counter() - started
+    return num_bytes([balance.gradients.values]), time.perf_counter() - started
 
 
 class _Steps:
@@ -263,8 +261,7 @@ class _Steps:
         with computing_in(self.precision, self.device):
             self.module.training_step(batch.to(self.device), 0)["loss"].backward()
         middle = self._time()
-        gradients = (p.grad for p in self.module.parameters() if p.grad is not None)
-        self.gradients = sum(gradient.numel() * gradient.element_size() for gradient in gradients)
+        self.gradients = num_bytes(p.grad for p in self.module.parameters() if p.grad is not None)
         self.module.configure_gradient_clipping(self.optimizer, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -272,11 +269,10 @@ class _Steps:
 
     def optimizer_bytes(self) -> int:
         states = (value for state in self.optimizer.state.values() for value in state.values())
-        return sum(value.numel() * value.element_size() for value in states if torch.is_tensor(value))
+        return num_bytes(value for value in states if torch.is_tensor(value))
 
     def _time(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
         return time.perf_counter()
 
 

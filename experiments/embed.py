@@ -14,7 +14,7 @@ from datamodules.options import option
 from datamodules.readers.rows import BadLines
 from datamodules.readers.texts import check_ids, count_lines, read_shards, text_files
 from datamodules.records import Document, UserError
-from experiments.build.models import EncodingOptions, default_similarity
+from experiments.build.models import EncodingOptions, default_similarity, token_budget_option
 from experiments.config.arguments import parse
 from experiments.run.processes import Share, end_with_launcher, launch_processes, share_of
 from experiments.shared.console import entry_point
@@ -59,9 +59,7 @@ class EmbedOptions(EncodingOptions):
         "fp32", "precision of the encoder; auto means bf16 on hardware where bf16 is fast, else fp32"
     )
     dtype: Literal["float32", "float16"] = option("float32", "type of the vectors on disk")
-    token_budget: int | None = option(
-        None, "maximum number of tokens per forward pass; by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
-    )
+    token_budget: int | None = token_budget_option()
     on_error: Literal["fail", "skip"] = option(
         "fail", "what to do with a bad line: fail, or skip it and write it to a quarantine file"
     )

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from datamodules.options import option
+from datamodules.options import option, option_key
 from datamodules.records import Benchmark, UserError, check_name
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
-from experiments.build.models import EncodingOptions, System, load_systems, short_name, stem
+from experiments.build.models import EncodingOptions, System, load_systems, short_name, stem, token_budget_option
 from experiments.build.suite import load_suite
 from experiments.config.arguments import as_argument, parse
 from experiments.config.run_config import config_of_run, run_of
@@ -67,9 +67,7 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
         "fp32", "precision of the encoder; auto: bf16 on hardware made for it, else fp32. Scores are always fp32"
     )
-    token_budget: int | None = option(
-        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
-    )
+    token_budget: int | None = token_budget_option()
     vectors: Path | None = option(
         None, "folder that keeps vectors, for corpora larger than memory, and to resume an interrupted evaluation"
     )
@@ -211,8 +209,7 @@ def _table_name(model: str, models: Sequence[str]) -> str:
 
 def _as_arguments(options: EvaluateOptions) -> dict[str, str]:
     """Return all options as written on the command line."""
-    fields = dataclasses.fields(options)
-    return {f.metadata["key"] or f.name: as_argument(getattr(options, f.name)) for f in fields}
+    return {option_key(field): as_argument(getattr(options, field.name)) for field in dataclasses.fields(options)}
 
 
 def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequence[Benchmark]) -> Path:

@@ -28,7 +28,7 @@ from datamodules.readers.rows import BadLines
 from datamodules.readers.scidocs import read_papers
 from datamodules.readers.scirepeval import read_texts
 from datamodules.records import Benchmark, Document, UserError, check_choice, check_choices
-from experiments.build.models import EncodingOptions, default_similarity
+from experiments.build.models import EncodingOptions, default_similarity, token_budget_option
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point
 from experiments.shared.output import whole_folder
@@ -77,9 +77,7 @@ class HarnessOptions(EncodingOptions):
     )
     vectors: Path | None = option(None, "folder that keeps vectors, to resume after an interruption")
     on_error: Literal["fail", "skip"] = option("fail", "at a bad line: fail, or move it to quarantine.jsonl")
-    token_budget: int | None = option(
-        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
-    )
+    token_budget: int | None = token_budget_option()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from datamodules.files import write_json
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError
 from experiments.build.benchmarks import BenchmarkOptions, SuiteOptions, collection_benchmarks, suite_benchmarks
-from experiments.build.models import EncodingOptions, default_similarity
+from experiments.build.models import EncodingOptions, default_similarity, token_budget_option
 from experiments.config.arguments import named_values, parse
 from experiments.config.run_config import config_of_run, run_of
 from experiments.config.schema import Config
@@ -67,7 +67,7 @@ class MergeOptions(SuiteOptions, EncodingOptions):
     split: str = option("dev", "split of the dev data")
     benchmarks: tuple[str, ...] = option((), "further dev data: benchmarks of make eval")
     metric: str = option("ndcg@10", "metric of the score, on data that define none")
-    token_budget: int | None = option(None, "maximum number of tokens per forward pass", minimum=1)
+    token_budget: int | None = token_budget_option()
 
 
 def main(arguments: Sequence[str]) -> None:

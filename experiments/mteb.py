@@ -13,7 +13,7 @@ from rich.table import Table
 
 from datamodules.options import option
 from datamodules.records import Document, UserError
-from experiments.build.models import EncodingOptions, default_similarity, short_name
+from experiments.build.models import EncodingOptions, default_similarity, short_name, token_budget_option
 from experiments.config.arguments import named_values, parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.encoders.base import Encoder
@@ -62,9 +62,7 @@ class MtebOptions(EncodingOptions):
     similarity: Literal["dot", "cosine"] | None = option(
         None, "similarity of vectors, by default as the model was trained, else cosine"
     )
-    token_budget: int | None = option(
-        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
-    )
+    token_budget: int | None = token_budget_option()
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -18,13 +18,12 @@ from omegaconf import MISSING
 import experiments
 import experiments.bench
 from datamodules.files import write_text
-from datamodules.options import REQUIRED, describe_bounds, option
+from datamodules.options import REQUIRED, describe_bounds, option, option_key
 from experiments.__main__ import MODULES, commands
 from experiments.config.arguments import (
     as_argument,
     default_of,
     nested_options,
-    option_key,
     option_keys,
     parse,
     type_name,

@@ -16,9 +16,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from datamodules.files import write_text
-from datamodules.options import option
+from datamodules.options import option, option_key
 from datamodules.records import UserError, check_name, explained
-from experiments.config.arguments import as_argument, option_key, option_keys
+from experiments.config.arguments import as_argument, option_keys
 from experiments.config.experiment import FOLDER, ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.structured import read_yaml, structured
 from experiments.config.sweep_file import read_sweep
@@ -121,7 +121,7 @@ def slurm(arguments: Sequence[str]) -> Path:
 def read_options(arguments: Sequence[str]) -> tuple[SlurmOptions, list[str]]:
     """Return the options, with the defaults of cluster.yaml, and the overrides of the experiment."""
     cluster = _read_cluster()
-    defaults = [f"{key.metadata['key']}={as_argument(getattr(cluster, key.name))}" for key in fields(cluster)]
+    defaults = [f"{option_key(field)}={as_argument(getattr(cluster, field.name))}" for field in fields(cluster)]
     if arguments and "=" not in arguments[0]:  # the experiment must remain the first argument
         arguments = [arguments[0], *defaults, *arguments[1:]]
     options, overrides = parse_overrides(SlurmOptions, arguments)

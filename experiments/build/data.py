@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.files import expanded
 from datamodules.records import Reader, Task, UserError, prefixed
@@ -17,6 +15,7 @@ from datamodules.schedule import Phase, check_phases, checked_weights, task_weig
 from datamodules.tasks import KINDS, CollectionError, TaskDataModule
 from experiments.build.leaks import handle_leaks
 from experiments.build.mining import add_rounds
+from experiments.build.models import ranks_of
 from experiments.config.experiment import folder_of
 from experiments.config.schema import Config, TaskConfig
 from experiments.config.targets import accepted_arguments, instantiate
@@ -79,12 +78,6 @@ def batches_per_step(config: Config) -> int:
     """Return the number of batches per optimizer step on each rank."""
     tasks_per_step = len(config.tasks) if config.data.schedule == "together" else 1
     return config.trainer.accumulate_grad_batches * tasks_per_step
-
-
-def ranks_of(config: Config) -> int:
-    """Return the number of ranks on all nodes."""
-    devices = torch.cuda.device_count() if config.trainer.devices == -1 else config.trainer.devices
-    return devices * config.trainer.num_nodes
 
 
 def resolve_epochs(config: Config, data: MultiTaskDataModule) -> None:

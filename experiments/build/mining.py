@@ -13,7 +13,7 @@ import torch
 from datamodules.batches import MultiTaskDataModule
 from datamodules.hard_negatives import Rounds
 from datamodules.records import UserError, prefixed
-from experiments.build.models import device_of
+from experiments.build.models import device_of, ranks_of
 from experiments.config.experiment import NEGATIVES, folder_of
 from experiments.config.schema import Config
 from experiments.config.targets import accepted_arguments, instantiate
@@ -41,8 +41,7 @@ def steps_between(config: Config, data: MultiTaskDataModule, batches_per_step: i
     """Return the number of optimizer steps from one mining to the next."""
     if not config.mining.every_n_epochs:
         return config.mining.every_n_steps
-    devices = torch.cuda.device_count() if config.trainer.devices == -1 else config.trainer.devices
-    batches = data.schedule().batches_per_pass(devices * config.trainer.num_nodes)
+    batches = data.schedule().batches_per_pass(ranks_of(config))
     return max(1, round(config.mining.every_n_epochs * batches / batches_per_step))
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -103,6 +103,12 @@ class EncodingOptions(ModelOptions):
         return encoder
 
 
+def token_budget_option() -> Any:
+    return option(
+        None, "maximum number of tokens per forward pass, by default 2,048 on a CPU, 65,536 on a GPU", minimum=1
+    )
+
+
 def default_similarity(encoder: Encoder, config: Config | None) -> str:
     """Return the similarity that an encoder was trained with, according to its files or its run; else cosine."""
     return encoder.similarity or (config.objective.similarity if config else "cosine")
@@ -111,6 +117,12 @@ def default_similarity(encoder: Encoder, config: Config | None) -> str:
 def device_of(config: Config) -> torch.device:
     """Return the device that this process trains an experiment on."""
     return torch.device("cpu") if config.trainer.accelerator == "cpu" else default_device(launch.local_rank())
+
+
+def ranks_of(config: Config) -> int:
+    """Return the number of ranks on all nodes."""
+    devices = torch.cuda.device_count() if config.trainer.devices == -1 else config.trainer.devices
+    return devices * config.trainer.num_nodes
 
 
 def _resolve(model: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from omegaconf import MISSING
 
-from datamodules.options import REQUIRED, check_options, describe_bounds, literal_choices
+from datamodules.options import REQUIRED, check_options, describe_bounds, literal_choices, option_key
 from datamodules.records import UserError
 from experiments.config.structured import unknown
 from experiments.shared.plain import say
@@ -28,7 +28,6 @@ def parse(options: type[T], arguments: Sequence[str]) -> T:
 
     Raises UserError for an unknown key, a missing value, a wrong type, or a value outside its bounds.
     """
-    _print_help(options, arguments)
     parsed, rest = parse_known(options, arguments)
     if rest:
         word, equals, _ = rest[0].partition("=")
@@ -41,7 +40,7 @@ def parse(options: type[T], arguments: Sequence[str]) -> T:
 def parse_known(options: type[T], arguments: Sequence[str], further: type | None = None) -> tuple[T, list[str]]:
     """Return the options, and the arguments that are not options, such as keys of an experiment.
 
-    further: dataclass of the keys that the other arguments set, for --help.
+    further: dataclass whose keys the remaining arguments may set, for --help.
     """
     _print_help(options, arguments, further)
     hints, values, rest = get_type_hints(options), {}, list(arguments)
@@ -144,11 +143,6 @@ def as_argument(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
-
-def option_key(field: dataclasses.Field) -> str:
-    """Return the name of an option on the command line."""
-    return field.metadata.get("key") or field.name
 
 
 def default_of(field: dataclasses.Field) -> Any:
