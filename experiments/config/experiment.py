@@ -47,7 +47,7 @@ FOLDER = Path(__file__).parents[1]
 # Folder with the Makefile. Outside the source tree there is none, and commands work in the current folder.
 ROOT = FOLDER.parent if (FOLDER.parent / "Makefile").is_file() else Path.cwd()
 RESERVED = ("base",)  # YAML files next to the experiments that are not experiments
-MAKE_VARIABLES = ("EXP", "SCALE", "EXTRAS")  # variables of every make target that takes an experiment
+EXPERIMENT_VARIABLES = ("EXP", "SCALE", "EXTRAS")  # variables of every make target that takes an experiment
 
 # Files of a run, relative to its folder.
 LAST = Path("checkpoints", "last.ckpt")
@@ -99,7 +99,7 @@ def load_config(
 
     overrides: key=value arguments. others: options of the command, to suggest for a misspelt key.
     checks_classes: whether to check this machine and all classes that `_target_` names, which imports torch. Commands
-        that only show settings do not need it; they are the same for an experiment without mistakes.
+        that only show settings skip it: it does not change the settings.
     Raises UserError that names file and key, what is wrong, and what is expected.
     """
     for text in overrides:
@@ -118,7 +118,7 @@ def load_config(
         config = _merge(config, layer, source)
     config = _merge(config, read_yaml(path, _shown(path)), _shown(path))
     known_tasks = sorted(config.task)
-    config = _merge_overrides(config, overrides, (*others, *MAKE_VARIABLES))
+    config = _merge_overrides(config, overrides, (*others, *EXPERIMENT_VARIABLES))
 
     for name, error in broken.items():
         if OmegaConf.is_missing(config, "tasks") or name in config.tasks:

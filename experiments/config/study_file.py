@@ -55,8 +55,8 @@ class StudySettings:
     held_out: list[str] = option([], "benchmarks on whose data no arm was trained; their means are separate")
     transplants: dict[str, str] = option(
         {},
-        "benchmark that the expert of another task ranks -> benchmark with the same data and its own task; means leave "
-        "out the first",
+        "benchmark ranked by another task's expert -> benchmark of the same data ranked by its own; means leave out "
+        "the former",
     )
     compare: list[list[str]] = option(
         [], "pairs of arms whose difference is tested; a task as third word tests it on that task alone"
@@ -67,7 +67,8 @@ class StudySettings:
 class Job:
     """Commands that make a model of an arm and evaluate it.
 
-    name: path of its files in the study's folder, without suffix. model: what evaluates it, or is evaluated.
+    name: path of its files in the study's folder, without suffix.
+    model: model to evaluate, the job's folder or the arm's own model.
     output: folder of the evaluation. needs: names of the jobs whose models the commands use.
     """
 
@@ -114,15 +115,15 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
     if not path.is_file():
         raise unknown("study", name, [*studies(), "a path"])
     settings = structured(StudySettings, [read_yaml(path)], str(path))
-    given: dict[str, str] = {}
+    replaced: dict[str, str] = {}
     for text in values:
         key, equals, value = text.partition("=")
         if not equals or key not in settings.values:
             raise UserError(f"values: expected NAME=TEXT with a name of {', '.join(settings.values)}, got {text!r}")
-        if key in given:
-            raise UserError(f"values: expected one value for {key}, got {given[key]!r} and {value!r}")
-        given[key] = value
-    settings.values.update(given)
+        if key in replaced:
+            raise UserError(f"values: expected one value for {key}, got {replaced[key]!r} and {value!r}")
+        replaced[key] = value
+    settings.values.update(replaced)
     folder = (folder or Path("runs", f"study-{path.stem}")).absolute()
     with prefixed(f"{path}: "):
         study = Study(path.stem, settings, _values(settings), folder)
@@ -179,8 +180,8 @@ def _jobs(study: Study) -> Iterator[Job]:
     for name, arm in study.arms.items():
         for seed in _seeds(study, name):
             models = _models(study, name, seed)
-            own = job_name(name, seed)
-            folder, output = study.folder / own, study.folder / f"{own}.results"
+            job = job_name(name, seed)
+            folder, output = study.folder / job, study.folder / f"{job}.results"
             model = str(folder) if arm.commands else " ".join(_inserted(arm.model, study.values, f"arms.{name}.model"))
             words = {key: [path] for key, (path, _) in models.items()} | dict(study.values)
             making = [
@@ -192,8 +193,8 @@ def _jobs(study: Study) -> Iterator[Job]:
                 split = _split(key, command)
                 commands.append(tuple(each for word in split for each in _inserted(word, words | known, key)))
                 used = {match[1] for word in split for match in PLACEHOLDER.finditer(word)}
-                needs |= {job for key, (_, job) in models.items() if key in used and job}
-            yield Job(own, name, seed, model, output, tuple(commands), frozenset(needs))
+                needs |= {other for key, (_, other) in models.items() if key in used and other}
+            yield Job(job, name, seed, model, output, tuple(commands), frozenset(needs))
 
 
 def job_name(arm: str, seed: int | None) -> str:

@@ -203,11 +203,11 @@ def _read_parameter(name: str, settings: Mapping[str, Any]) -> Parameter:
         replacement = REPLACEMENTS.get(distribution)
         hint = f"use {replacement}" if replacement else expected_one_of(DISTRIBUTIONS)
         raise UserError(f"parameters.{name}.distribution: got {distribution!r}, {hint}")
-    kind, given = DISTRIBUTIONS[distribution], settings.keys() - {"distribution"}
-    if missing := [key for key in kind.required if key not in given]:
+    kind, names = DISTRIBUTIONS[distribution], settings.keys() - {"distribution"}
+    if missing := [key for key in kind.required if key not in names]:
         raise UserError(f"parameters.{name}: {distribution} needs {' and '.join(missing)}")
     keys = (*kind.required, *kind.optional)
-    if unknown := sorted(given - {*keys}):
+    if unknown := sorted(names - {*keys}):
         raise UserError(f"parameters.{name}: unknown key {unknown[0]!r}; {distribution} has {', '.join(keys)}")
     _check_settings(name, distribution, settings)
     return Parameter(name, distribution, settings)
