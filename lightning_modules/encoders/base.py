@@ -27,7 +27,7 @@ from datamodules.records import Document, UserError, check_choice, check_name
 from datamodules.store import Rows
 from datamodules.text import as_documents
 from lightning_modules.encoders.attention import NUM_SPLITS, AttentionContext, Prefix
-from lightning_modules.encoders.families import Choice, RowFunctions, family_of
+from lightning_modules.encoders.families import Choice, Family, family_of
 from lightning_modules.encoders.pipeline import encode_units, only
 from lightning_modules.encoders.pooling import POOLINGS, pooled
 from lightning_modules.encoders.text_features import TextFeatures
@@ -278,7 +278,7 @@ class Encoder(nn.Module):
     def compile(self, *_: Any, **__: Any) -> None:
         """Compile the parts of the layers. It takes about a minute in the first batches, and later ones are faster."""
         for value in vars(self).values():
-            if isinstance(value, RowFunctions):
+            if isinstance(value, Family):
                 value.compiled = True
 
     def _layers(self, indices: range, states: Tensor, context: AttentionContext, condition: Condition) -> Tensor:

@@ -16,10 +16,11 @@ a prefix, D hidden size, H heads, d dimensions of a head.
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -91,53 +92,6 @@ def by_expert(
     return torch.cat(outputs)[torch.cat(indices).argsort()] if indices else torch.cat(outputs)
 
 
-class Family(Protocol):
-    """Interface of all families.
-
-    attention_modules, ffn_modules: names of the sub-modules of a layer that Experts can replace.
-    inputs: modules that begin uses.
-    max_positions: maximum number of tokens of a text.
-    compiled: whether the functions of rows are compiled.
-    distance_bias: function that returns the bias of an AttentionContext, or None if the family has none.
-    """
-
-    attention_modules: tuple[str, ...]
-    ffn_modules: tuple[str, ...]
-    inputs: Sequence[nn.Module]
-    layers: nn.ModuleList
-    max_positions: int
-    compiled: bool
-    distance_bias: Callable[[], Tensor] | None
-
-    def begin(self, tokens: Tokens) -> tuple[Tensor, AttentionContext]:
-        """Return the embeddings (T, D) and the AttentionContext of a batch."""
-
-    def attention(
-        self,
-        layer: nn.Module,
-        hidden: Tensor,
-        states: Tensor,
-        context: AttentionContext,
-        choice: Choice = None,
-        prefix: Prefix | None = None,
-    ) -> Tensor:
-        """Compute attention and its residual connection, (L, D).
-
-        states: all positions, (T, D). hidden: the positions for which the output is computed, (L, D).
-        """
-
-    def prefix(self, layer: nn.Module, states: Tensor, context: AttentionContext) -> Prefix:
-        """Return the keys and values of one text, (P, D), in a layer."""
-
-    def feed_forward(
-        self, layer: nn.Module, hidden: Tensor, context: AttentionContext, choice: Choice = None
-    ) -> Tensor:
-        """Compute the feed-forward sub-layer and its residual connection, (L, D)."""
-
-    def end(self, hidden: Tensor) -> Tensor:
-        """Apply what follows the last layer, such as a final LayerNorm."""
-
-
 @cache
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function of modules and rows.
@@ -153,14 +107,60 @@ def num_graphs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-class RowFunctions:
-    """Calls functions of modules and rows, compiled or not. The base class of all families."""
+class Family(ABC):
+    """Base class of all families.
 
+    attention_modules, ffn_modules: names of the sub-modules of a layer that Experts can replace.
+    inputs: modules that begin uses.
+    max_positions: maximum number of tokens of a text.
+    compiled: whether the functions of rows are compiled.
+    distance_bias: function that returns the bias of an AttentionContext, or None if the family has none.
+    """
+
+    attention_modules: tuple[str, ...]
+    ffn_modules: tuple[str, ...]
+    inputs: Sequence[nn.Module]
+    layers: nn.ModuleList
+    max_positions: int
     compiled = False
     distance_bias: Callable[[], Tensor] | None = None
 
     def run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """Call a function of modules and rows, compiled or not."""
         return (compiled(function) if self.compiled else function)(*arguments)
+
+    @abstractmethod
+    def begin(self, tokens: Tokens) -> tuple[Tensor, AttentionContext]:
+        """Return the embeddings (T, D) and the AttentionContext of a batch."""
+
+    @abstractmethod
+    def attention(
+        self,
+        layer: nn.Module,
+        hidden: Tensor,
+        states: Tensor,
+        context: AttentionContext,
+        choice: Choice = None,
+        prefix: Prefix | None = None,
+    ) -> Tensor:
+        """Compute attention and its residual connection, (L, D).
+
+        states: all positions, (T, D). hidden: the positions for which the output is computed, (L, D).
+        """
+
+    @abstractmethod
+    def prefix(self, layer: nn.Module, states: Tensor, context: AttentionContext) -> Prefix:
+        """Return the keys and values of one text, (P, D), in a layer."""
+
+    @abstractmethod
+    def feed_forward(
+        self, layer: nn.Module, hidden: Tensor, context: AttentionContext, choice: Choice = None
+    ) -> Tensor:
+        """Compute the feed-forward sub-layer and its residual connection, (L, D)."""
+
+    def end(self, hidden: Tensor) -> Tensor:
+        """Apply what follows the last layer, by default nothing."""
+        return hidden
 
 
 def _in_autocast_type(x: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def _add_and_normalize(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tenso
     return norm(x.to(norm.weight.dtype) + residual).to(x.dtype)
 
 
-class Bert(RowFunctions):
+class Bert(Family):
     """BERT and RoBERTa."""
 
     # LayerNorm after attention stays shared (paper, section 3.2).
@@ -246,9 +246,6 @@ class Bert(RowFunctions):
         compute = partial(self.run, _bert_feed_forward)
         return by_expert(compute, [layer.intermediate, layer.output], choice, context, hidden)
 
-    def end(self, hidden: Tensor) -> Tensor:
-        return hidden
-
 
 class MPNet(Bert):
     """MPNet (Song et al., 2020)."""
@@ -271,7 +268,7 @@ class MPNet(Bert):
         return table(encoder.relative_position_bucket(distances)).T
 
 
-class ModernBert(RowFunctions):
+class ModernBert(Family):
     """ModernBERT."""
 
     attention_modules: tuple[str, ...] = ("attn",)  # the LayerNorm before it stays shared
@@ -367,7 +364,7 @@ def _modernbert_feed_forward(norm: Any, mlp: Any, hidden: Tensor) -> Tensor:
     return hidden + mlp(norm(hidden))
 
 
-FAMILIES: dict[str, type[Bert] | type[ModernBert]] = {
+FAMILIES: dict[str, Callable[[Any], Family]] = {
     "bert": Bert,
     "roberta": Bert,
     "xlm-roberta": Bert,
@@ -383,4 +380,4 @@ def family_of(backbone: PreTrainedModel) -> Family:
     if model_type not in FAMILIES:
         kind = type(backbone).__name__ + (f" ({model_type})" if model_type else "")
         raise UserError(f"backbone: {kind} is not supported; expected a model of type {', '.join(FAMILIES)}")
-    return FAMILIES[model_type](backbone)  # type: ignore[return-value]
+    return FAMILIES[model_type](backbone)
