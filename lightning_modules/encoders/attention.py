@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -98,24 +98,13 @@ class AttentionContext:
         return self._prefixed_rows[size]
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    context: AttentionContext,
-    *,
-    window: int | None = None,
-    dropout: float = 0.0,
-    prefix: Prefix | None = None,
-) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, settings: Settings) -> Tensor:
     """Compute scaled dot-product attention within each text and join the heads, (L, D).
 
     query: (L, H, d). With L = B, queries are those of the first position of each text. key, value: (T, H, d).
-    window, dropout, prefix: see Settings.
     """
-    if window is not None and context.tokens.max_length <= window + 1:
-        window = None
-    settings = Settings(window, dropout, prefix)
+    if settings.window is not None and context.tokens.max_length <= settings.window + 1:
+        settings = replace(settings, window=None)
     kernel = choose_kernel(query, context, settings)
     return kernel(query, key, value, context, settings).flatten(1)
 

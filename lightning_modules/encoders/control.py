@@ -14,11 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.packed import Tokens
-from datamodules.records import UserError
 from lightning_modules.encoders.attention import AttentionContext
 from lightning_modules.encoders.base import Condition, Encoder
 from lightning_modules.encoders.families import Groups
-from lightning_modules.encoders.moe import add_experts, expert_layers
+from lightning_modules.encoders.moe import add_experts
 
 
 class ControlEncoder(Encoder):
@@ -44,12 +43,9 @@ class ControlEncoder(Encoder):
         max_length: int = 256,
     ):
         super().__init__(backbone, tokenizer, tasks, pooling, normalize, max_length)
-        if not (attention or ffn):
-            raise UserError("attention, ffn: both are false, so no layer has experts; set one of them to true")
         self.attention, self.ffn, self.layers = attention, ffn, layers if isinstance(layers, str) else list(layers)
         self.experts = tuple(f"expert{i}" for i in range(len(set(self.tasks.values()))))
-        self.expert_layers = expert_layers(layers, self.num_layers)
-        add_experts(self.family, self.expert_layers, self.experts, attention, ffn)
+        self.expert_layers = add_experts(self, layers, self.experts, attention, ffn)
 
     def experts_of(self, tokens: Tokens) -> np.ndarray:
         """Return the number of the expert of each text, (B,)."""

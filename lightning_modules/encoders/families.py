@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from datamodules.packed import Tokens
 from datamodules.records import UserError
-from lightning_modules.encoders.attention import AttentionContext, Prefix, attend
+from lightning_modules.encoders.attention import AttentionContext, Prefix, Settings, attend
 
 
 class Experts(nn.Module):
@@ -233,7 +233,7 @@ class Bert(Family):
 
         query, key, value = map(heads, self.projections, (hidden, states, states))
         dropout = active_rate(any_expert(inputs).dropout)
-        attended = attend(query, key, value, context, dropout=dropout, prefix=prefix)
+        attended = attend(query, key, value, context, Settings(dropout=dropout, prefix=prefix))
         compute = partial(self.run, self.attention_output)
         return by_expert(compute, [output, norm], choice, context, attended, hidden)
 
@@ -309,7 +309,7 @@ class ModernBert(Family):
         window = self.backbone.config.sliding_window if kind == "sliding_attention" else None
         attn = any_expert(layer.attn)
         dropout = attn.attention_dropout if attn.training else 0.0
-        attended = attend(query, key, value, context, window=window, dropout=dropout, prefix=prefix)
+        attended = attend(query, key, value, context, Settings(window, dropout, prefix))
         return by_expert(partial(self.run, _modernbert_output), [layer.attn], choice, context, attended, hidden)
 
     def _heads(self, x: Tensor) -> Tensor:

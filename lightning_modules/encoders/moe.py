@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from datamodules.packed import Tokens
 from datamodules.records import UserError
 from lightning_modules.encoders.base import Condition, Encoder
-from lightning_modules.encoders.families import Experts, Family, Groups
+from lightning_modules.encoders.families import Experts, Groups
 from lightning_modules.encoders.lora import unfreeze
 from lightning_modules.parts import can_name_module
 
@@ -80,13 +80,10 @@ class MoEEncoder(Encoder):
         max_length: int = 256,
     ):
         super().__init__(backbone, tokenizer, tasks, pooling, normalize, max_length)
-        if not (attention or ffn):
-            raise UserError("attention, ffn: both are false, so no layer has experts; set one of them to true")
         self.attention, self.ffn, self.layers = attention, ffn, layers if isinstance(layers, str) else list(layers)
         self.experts = tuple(dict.fromkeys(self.tasks.values()))
         check_expert_names(self.experts)
-        self.expert_layers = expert_layers(layers, self.num_layers)
-        add_experts(self.family, self.expert_layers, self.experts, attention, ffn)
+        self.expert_layers = add_experts(self, layers, self.experts, attention, ffn)
 
     @property
     def num_shared_layers(self) -> int:
@@ -135,10 +132,19 @@ def check_expert_names(experts: Sequence[str]) -> None:
             )
 
 
-def add_experts(family: Family, layers: Sequence[int], experts: Sequence[str], attention: bool, ffn: bool) -> None:
-    """Replace the attention or feed-forward sub-layers of some layers by experts, which start as copies of them."""
+def add_experts(
+    encoder: Encoder, layers: str | Sequence[int], experts: Sequence[str], attention: bool, ffn: bool
+) -> list[int]:
+    """Replace sub-layers by experts, which start as copies of them, and return the layers that now have experts.
+
+    layers: rule or list of these layers, as in expert_layers. attention, ffn: sub-layers to replace, at least one.
+    """
+    if not (attention or ffn):
+        raise UserError("attention, ffn: both are false, so no layer has experts; set one of them to true")
+    family, indices = encoder.family, expert_layers(layers, encoder.num_layers)
     modules = (family.attention_modules if attention else ()) + (family.ffn_modules if ffn else ())
-    for index in layers:
+    for index in indices:
         for name in modules:
             module = family.layers[index].get_submodule(name)
             family.layers[index].set_submodule(name, Experts(module, experts))
+    return indices

@@ -23,7 +23,7 @@ from datamodules.records import UserError, check_choice
 from lightning_modules.encoders.attention import AttentionContext
 from lightning_modules.encoders.base import Condition, Encoder
 from lightning_modules.encoders.families import Groups
-from lightning_modules.encoders.moe import add_experts, expert_layers
+from lightning_modules.encoders.moe import add_experts
 
 MAX_EXPERTS = 1024
 LEVELS = ("sequence", "token")
@@ -63,8 +63,6 @@ class RoutedEncoder(Encoder):
         if not 2 <= num_experts <= MAX_EXPERTS:
             raise UserError(f"num_experts: expected 2 to {MAX_EXPERTS:,}, got {num_experts}")
         check_choice("level", level, LEVELS)
-        if not (attention or ffn):
-            raise UserError("attention, ffn: both are false, so no layer has experts; set one of them to true")
         if level == "token" and attention:
             raise UserError("level: tokens are routed only in the feed-forward sub-layer; set attention=false")
         check_number("gumbel_temperature", gumbel_temperature, minimum=1e-6, maximum=1e6)
@@ -72,8 +70,7 @@ class RoutedEncoder(Encoder):
         self.num_experts, self.level, self.gate_per_layer = num_experts, level, gate_per_layer
         self.gumbel_temperature, self.entropy_weight = gumbel_temperature, entropy_weight
         self.experts = tuple(f"expert{i}" for i in range(num_experts))
-        self.expert_layers = expert_layers(layers, self.num_layers)
-        add_experts(self.family, self.expert_layers, self.experts, attention, ffn)
+        self.expert_layers = add_experts(self, layers, self.experts, attention, ffn)
         names = [str(i) for i in self.expert_layers] if gate_per_layer else ["all"]
         gates = {name: nn.Linear(self.dimension, num_experts) for name in names}
         self.gates = nn.ModuleDict(gates)

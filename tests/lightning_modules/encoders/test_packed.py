@@ -267,7 +267,7 @@ def test_window_is_the_same_distance_in_every_kernel(kernel, first_only, with_pr
     context = AttentionContext(tokens, tokens.positions(), {})
     if first_only:
         query = query[tokens.offsets[:-1]]
-    ours = attention.attend(query, key, value, context, window=WINDOW, prefix=prefix)
+    ours = attention.attend(query, key, value, context, Settings(WINDOW, prefix=prefix))
     rows, start = [], 0
     for length in LENGTHS:
         k, v = key[start : start + length], value[start : start + length]
@@ -296,7 +296,7 @@ def test_bias_depends_on_the_distance_in_every_kernel(kernel, first_only, with_p
     context = AttentionContext(tokens, tokens.positions(), {}, bias)
     if first_only:
         query = query[tokens.offsets[:-1]]
-    ours = attention.attend(query, key, value, context, window=window, prefix=prefix)
+    ours = attention.attend(query, key, value, context, Settings(window, prefix=prefix))
     rows, start = [], 0
     for length in LENGTHS:
         for position in range(1 if first_only else length):
@@ -340,8 +340,8 @@ def test_dropout_of_attention_keeps_the_mean(kernel):
     context = AttentionContext(tokens, tokens.positions(), {})
     query, key, value = torch.randn(3, 12, 2, 8, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(0)
-    expected = attention.attend(query, key, value, context)
-    outputs = torch.stack([attention.attend(query, key, value, context, dropout=0.2) for _ in range(2000)])
+    expected = attention.attend(query, key, value, context, Settings())
+    outputs = torch.stack([attention.attend(query, key, value, context, Settings(dropout=0.2)) for _ in range(2000)])
     assert outputs.std(0).min() > 0
     torch.testing.assert_close(outputs.mean(0), expected, atol=0.06, rtol=0)
 
