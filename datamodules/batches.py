@@ -257,6 +257,11 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
     def tasks(self) -> Sequence[TaskDataModule]:
         """The data of each task."""
 
+    @property
+    def by_name(self) -> dict[str, TaskDataModule]:
+        """The data of each task, by the task's name."""
+        return {task.task.name: task for task in self.tasks}
+
     @abstractmethod
     def pools(self) -> list[MiningPool]:
         """Return a pool to mine hard negatives from, for each collection with training queries."""

@@ -65,7 +65,7 @@ def find_collection(data: ContrastiveDataModule, key: str, name: str) -> tuple[T
     A task with several collections needs the second form. key: option that has the name, for errors.
     """
     task_name, _, collection = name.partition("/")
-    tasks = {task.task.name: task for task in data.tasks}
+    tasks = data.by_name
     if task_name not in tasks:
         raise UserError(f"{key}: unknown task {task_name!r}; expected one of {', '.join(tasks)}")
     names = list(tasks[task_name].collections)

@@ -26,11 +26,11 @@ if TYPE_CHECKING:  # the redundant aliases mark re-exports
     from lightning_modules.encoders.moe import MoEEncoder as MoEEncoder
     from lightning_modules.encoders.routed import RoutedEncoder as RoutedEncoder
     from lightning_modules.encoders.shared import SharedEncoder as SharedEncoder
+    from lightning_modules.frozen import FrozenEncoder as FrozenEncoder
     from lightning_modules.merging import Weights as Weights
     from lightning_modules.merging import merge as merge
     from lightning_modules.mining.mine import mine as mine
     from lightning_modules.mining.mining_options import MiningOptions as MiningOptions
-    from lightning_modules.objective import FrozenEncoder as FrozenEncoder
     from lightning_modules.objective_options import ObjectiveOptions as ObjectiveOptions
     from lightning_modules.optim_options import OptimOptions as OptimOptions
     from lightning_modules.retrieval.evaluation import BenchmarkResult as BenchmarkResult
@@ -44,7 +44,7 @@ _MODULES = {
     "CrossStitchEncoder": "encoders.cross_stitch",
     "DualPromptEncoder": "encoders.dual_prompt",
     "Encoder": "encoders.base",
-    "FrozenEncoder": "objective",
+    "FrozenEncoder": "frozen",
     "InstructEncoder": "encoders.instruct",
     "MiningOptions": "mining.mining_options",
     "MoEEncoder": "encoders.moe",

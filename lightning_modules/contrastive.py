@@ -23,9 +23,10 @@ from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.chunked import Embedded, Texts, embed, embed_cached
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import describe
+from lightning_modules.frozen import FrozenEncoder
 from lightning_modules.loss_weights import UncertaintyWeights, loss_scaler
 from lightning_modules.losses import comparable
-from lightning_modules.objective import FrozenEncoder, Objective
+from lightning_modules.objective import Objective
 from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import ExpertDecay, freeze, parameter_groups, schedule
 from lightning_modules.optim_options import OptimOptions

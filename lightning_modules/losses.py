@@ -24,7 +24,6 @@ from torch import Tensor
 from datamodules.records import check_choice
 
 SIMILARITIES = ("dot", "cosine")
-FORMS = ("mean_log", "log_mean")
 
 
 def comparable(vectors: Tensor, similarity: str = "dot") -> Tensor:
@@ -125,6 +124,12 @@ def mean_over_texts(of_queries: Tensor, of_documents: Tensor, columns: Tensor) -
     return (totals / (1 + present.sum(1))).mean()
 
 
+def mean_of_columns(values: Tensor, columns: Tensor) -> Tensor:
+    """Return the mean of each query's documents, (B, n). values: (M, n). columns: (B, P), padded with -1."""
+    present = (columns >= 0).to(values.dtype)[..., None]  # (B, P, 1)
+    return (values[columns.clamp(min=0)] * present).sum(1) / present.sum(1)
+
+
 # Masks: documents that must not serve as negatives
 
 
@@ -148,6 +153,14 @@ def duplicate_mask(ids: Tensor) -> Tensor:
     repeats = torch.zeros_like(ordered, dtype=torch.bool)
     repeats[1:] = ordered[1:] == ordered[:-1]
     return torch.empty_like(repeats).scatter_(0, order, repeats)
+
+
+def other_copies(ids: Tensor, offset: int) -> Tensor:
+    """Return whether a document of all ranks repeats another, (M,) bool. Of several copies, this rank's counts.
+
+    ids: (M,). offset: index of this rank's first document.
+    """
+    return duplicate_mask(ids.roll(-offset)).roll(offset)
 
 
 def guide_mask(scores: Tensor, positives: Tensor, margin: float = 0.0, kind: str = "absolute") -> Tensor:

@@ -32,7 +32,6 @@ from lightning_modules.distributed.collectives import gather_documents, gather_l
 from lightning_modules.frozen import FrozenEncoder, FrozenScores, FrozenVectors
 from lightning_modules.losses import (
     comparable,
-    duplicate_mask,
     fill_padding,
     guide_mask,
     info_nce,
@@ -40,6 +39,7 @@ from lightning_modules.losses import (
     margin_mse,
     mean_over_texts,
     membership_mask,
+    other_copies,
     unmask_positives,
     vector_distance,
 )
@@ -198,7 +198,7 @@ def query_to_document(
         keys, document_keys = text_keys_of_queries(batch), gather_rows(batch.text_keys[batch.documents])
         masks.append(lambda rows: membership_mask(keys[rows], document_keys))
     if world_size() > 1:
-        is_duplicate = duplicate_mask(ids.roll(-offset)).roll(offset)  # rolled so that this rank's copies come first
+        is_duplicate = other_copies(ids, offset)
         masks.append(lambda rows: is_duplicate.expand(rows.stop - rows.start, -1))
     if guide is not None:
         scores = FrozenScores(guide.queries, gather_rows(guide.documents))

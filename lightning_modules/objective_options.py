@@ -133,6 +133,10 @@ class ObjectiveOptions:
     task_weights: dict[str, float] = option({}, "factor of a task's loss; by default 1", above=0, maximum=1e6)
     score_memory: int = option(512, "MiB for the scores of a batch; larger matrices are computed in blocks", above=0)
 
+    def temperature_of(self, task: str) -> float:
+        """Return the temperature of a task, or its initial value."""
+        return self.temperature[task] if isinstance(self.temperature, Mapping) else self.temperature
+
 
 def check_balance_packages(method: str) -> None:
     """Raise UserError if a method needs packages that are not installed."""

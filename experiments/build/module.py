@@ -34,7 +34,7 @@ from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.extend import add_tasks, check_new_tasks, losses_by_task
 from lightning_modules.encoders.loading import continue_from, load_encoder
 from lightning_modules.encoders.lora import add_lora
-from lightning_modules.objective import FrozenEncoder
+from lightning_modules.frozen import FrozenEncoder
 from lightning_modules.objective_options import (
     GuideOptions,
     ObjectiveOptions,

@@ -44,6 +44,7 @@ from datamodules.records import UserError
 from datamodules.tasks import TaskDataModule
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.auxiliary.pairs import queries_of_batch
+from lightning_modules.losses import mean_of_columns
 
 Pair = tuple[str, str]
 
@@ -90,7 +91,7 @@ class CrossTaskConsistency(AuxiliaryLoss):
         return [other for other, labelled in self.network.index if labelled == task]
 
     def prepare(self, data: ContrastiveDataModule) -> None:
-        tables = {table.task.name: table for table in data.tasks}
+        tables = data.by_name
         for task in dict.fromkeys(itertools.chain.from_iterable(self.network.index)):
             if task not in tables:
                 raise UserError(f"pairs: task {task!r} has no data; expected one of {', '.join(tables)}")
@@ -102,8 +103,7 @@ class CrossTaskConsistency(AuxiliaryLoss):
 
     def companions(self, data: ContrastiveDataModule, task: str) -> Sequence[CompanionSource]:
         """Return, for each other task, the queries and the candidates, both encoded as this other task."""
-        tables = {table.task.name: table for table in data.tasks}
-        sources = []
+        tables, sources = data.by_name, []
         for other in self.others(task):
             sources.append(CompanionSource(tables[task], other, queries_of_batch))
             draw = partial(drawn, candidate_rows(tables[other]), self.candidates)
@@ -182,12 +182,6 @@ def predicted(queries: Tensor, candidates: Tensor, temperature: float) -> Tensor
     """Return the prediction for each query (B, D) from candidates (n, D): their weighted mean, (B, D)."""
     scores = F.normalize(queries, dim=-1) @ F.normalize(candidates, dim=-1).T  # (B, n)
     return (scores / temperature).softmax(-1) @ candidates.detach()
-
-
-def mean_of_columns(documents: Tensor, columns: Tensor) -> Tensor:
-    """Return the mean of each query's documents. columns: rows of documents (m, D), padded with -1, (B, P)."""
-    present = (columns >= 0).to(documents.dtype)[..., None]  # (B, P, 1)
-    return (documents[columns.clamp(min=0)] * present).sum(1) / present.sum(1)
 
 
 def consistency(predictions: Tensor, labels: Tensor, trunk: Tensor, trunk_weight: float) -> Tensor:

@@ -107,8 +107,7 @@ class CrossTaskDistillation(AuxiliaryLoss):
 
     def companions(self, data: ContrastiveDataModule, task: str) -> Sequence[CompanionSource]:
         """Return the batch's own texts, to be encoded as each teacher of the task."""
-        table = next(each for each in data.tasks if each.task.name == task)
-        teachers = self.teachers.get(task, ())
+        table, teachers = data.by_name[task], self.teachers.get(task, ())
         return [CompanionSource(table, teacher, texts_of_batch, detached=True) for teacher in teachers]
 
     def forward(self, batch: ContrastiveBatch, vectors: Tensor, companions: Sequence[Tensor]) -> Tensor:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,13 +35,13 @@ from datamodules.batches import CompanionSource, ContrastiveDataModule
 from datamodules.options import check_number
 from datamodules.packed import ContrastiveBatch
 from datamodules.ragged import Ragged
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice
 from datamodules.relations import PartialAnnotation, distributions, find_collection, most_related, relation_of
 from datamodules.tasks import ClassificationDataModule
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.auxiliary.pairs import documents_of_batch, queries_of_batch
 from lightning_modules.distributed.collectives import gather_documents
-from lightning_modules.losses import comparable, duplicate_mask
+from lightning_modules.losses import comparable, duplicate_mask, mean_of_columns
 from lightning_modules.objective_options import ObjectiveOptions
 
 log = logging.getLogger(__name__)
@@ -148,18 +148,12 @@ class DistributionMatching(AuxiliaryLoss):
         objective: ObjectiveOptions | None = None,
     ):
         super().__init__(weight)
-        if teacher not in TEACHERS:
-            raise UserError(f"teacher: expected one of {', '.join(TEACHERS)}, got {teacher!r}")
+        check_choice("teacher", teacher, TEACHERS)
         for key, value, minimum in (("smoothing", smoothing, 0), ("max_labels", max_labels, 1)):
             check_number(key, value, minimum=minimum, maximum=1e9)
         check_number("certain", certain, above=0, maximum=1)
-        self.source, self.target, self.relation_name, self.known, self.certain = (
-            source,
-            target,
-            relation,
-            known,
-            certain,
-        )
+        self.source, self.target, self.relation_name = source, target, relation
+        self.known, self.certain = known, certain
         self.teacher, self.stop_gradient, self.smoothing, self.match = teacher, stop_gradient, smoothing, match
         self.max_labels, self.objective = max_labels, objective or ObjectiveOptions()
 
@@ -192,8 +186,7 @@ class DistributionMatching(AuxiliaryLoss):
     def companions(self, data: ContrastiveDataModule, task: str) -> Sequence[CompanionSource]:
         if task != self.source_task:
             return ()
-        tables = {each.task.name: each for each in data.tasks}
-        source, target = tables[self.source_task], tables[self.target_task]
+        source, target = (data.by_name[name] for name in (self.source_task, self.target_task))
         companions = [
             CompanionSource(source, self.target_task, queries_of_batch),
             CompanionSource(target, self.target_task, self.target_labels),
@@ -216,9 +209,7 @@ class DistributionMatching(AuxiliaryLoss):
             source = encoded_labels(companions[2], batch.companions[2].rows, self.source_labels)
             q = self._softmax(queries, source.vectors, self.source_task, source.copies) @ self._related(source, labels)
         elif self.known:
-            documents = self._annotated(self.lists[batch.document_ids], labels)  # (m, n)
-            present = (batch.positives >= 0).to(documents.dtype)[:, :, None]  # (B, P, 1)
-            q = (documents[batch.positives.clamp(min=0)] * present).sum(1) / present.sum(1)
+            q = mean_of_columns(self._annotated(self.lists[batch.document_ids], labels), batch.positives)
         else:
             q = self._from_documents(batch, rows, queries, vectors[batch.documents], companions[2], labels)
         log_p = self._logits(companions[0], labels.vectors, self.target_task, labels.copies).log_softmax(1)
@@ -272,9 +263,9 @@ class DistributionMatching(AuxiliaryLoss):
 
         masked: which of the second have probability 0. Not -inf, because 0 times its logarithm would be NaN.
         """
-        temperature, similarity = self.objective.temperature, self.objective.similarity
+        similarity = self.objective.similarity
         scores = comparable(first, similarity) @ comparable(second, similarity).T
-        scores = scores / (temperature[task] if isinstance(temperature, Mapping) else temperature)
+        scores = scores / self.objective.temperature_of(task)
         return scores.masked_fill(masked, torch.finfo(scores.dtype).min)
 
 

@@ -139,8 +139,7 @@ class GroupLoss(AuxiliaryLoss):
     def companions(self, data: ContrastiveDataModule, task: str) -> Sequence[CompanionSource]:
         if task not in self._samplers:
             return ()
-        (table,) = [table for table in data.tasks if table.task.name == task]
-        return (CompanionSource(table, task, self._samplers[task]),)
+        return (CompanionSource(data.by_name[task], task, self._samplers[task]),)
 
     def forward(self, batch: ContrastiveBatch, vectors: Tensor, companions: Sequence[Tensor]) -> Tensor:
         if not companions:

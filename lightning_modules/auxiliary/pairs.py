@@ -19,7 +19,7 @@ from torch import Tensor
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from lightning_modules.distributed.collectives import gather_documents, gather_rows
-from lightning_modules.losses import comparable, duplicate_mask, membership_mask
+from lightning_modules.losses import comparable, membership_mask, other_copies
 from lightning_modules.objective import text_keys_of_queries
 
 
@@ -38,7 +38,7 @@ class Pairs(NamedTuple):
 
     scores: Tensor  # (B, M) similarities
     positive: Tensor  # (B, M) bool: whether the document is a positive of the query, also if it was not sampled
-    known: Tensor  # (B, M) bool: False for the query itself, copies of a document, and texts that read as a positive
+    known: Tensor  # (B, M) bool: False for the query itself, copies of a document, and texts equal to a positive's
     query_rows: Tensor  # (B,) rows of the task's document table
     document_rows: Tensor  # (M,)
 
@@ -63,7 +63,7 @@ def in_batch_pairs(batch: ContrastiveBatch, vectors: Tensor, similarity: str) ->
     query_rows = batch.rows[batch.queries]
     is_query = query_rows[:, None] == ids
     positive = membership_mask(batch.known_positives, ids) & ~is_query
-    is_copy = duplicate_mask(ids.roll(-offset)).roll(offset)  # of several copies, this rank's counts
+    is_copy = other_copies(ids, offset)
     unknown = is_query | is_copy
     if batch.text_keys is not None:
         keys, document_keys = text_keys_of_queries(batch), gather_rows(batch.text_keys[batch.documents])

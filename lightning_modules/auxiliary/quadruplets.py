@@ -21,7 +21,7 @@ Shapes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial, reduce
 
 import numpy as np
@@ -34,7 +34,7 @@ from datamodules.batches import ContrastiveDataModule
 from datamodules.co_annotation import MATCHES, known_annotations, paper_keys
 from datamodules.options import check_number
 from datamodules.packed import ContrastiveBatch
-from datamodules.records import UserError
+from datamodules.records import UserError, check_choice
 from datamodules.tasks import LinkPredictionDataModule, TaskDataModule
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.auxiliary.pairs import check_other_task, in_batch_pairs
@@ -120,14 +120,13 @@ class QuadrupletRanking(AuxiliaryLoss):
             check_number(name, value, minimum=0, maximum=1e6)
         if temperature is not None:
             check_number("temperature", temperature, minimum=1e-6, maximum=1e6)
-        if match not in MATCHES:
-            raise UserError(f"match: expected one of {', '.join(MATCHES)}, got {match!r}")
+        check_choice("match", match, MATCHES)
         self.labels, self.beta1, self.beta2 = labels, beta1, beta2
         self.temperature, self.match, self.objective = temperature, match, objective or ObjectiveOptions()
 
     def prepare(self, data: ContrastiveDataModule) -> None:
         """Make the tables of B's labels. Raises UserError if B labels no query or no document of A."""
-        tables = {table.task.name: table for table in data.tasks}
+        tables = data.by_name
         for number, (task, other) in enumerate(self.labels.items()):
             related, keys = label_table(tables[task], tables[other], self.match)
             queries, documents = list(tables[task].examples.query_rows()), tables[task].examples.judged_rows()
@@ -149,7 +148,5 @@ class QuadrupletRanking(AuxiliaryLoss):
         keys = self.get_buffer(f"keys{number}")[pairs.document_rows]  # (M, L)
         label = reduce(torch.logical_or, (membership_mask(related, key.contiguous()) for key in keys.unbind(1)))
         known = pairs.known & (related >= 0).any(1)[:, None] & (keys >= 0).any(1)
-        temperature = self.objective.temperature if self.temperature is None else self.temperature
-        if isinstance(temperature, Mapping):
-            temperature = temperature[batch.task]
+        temperature = self.temperature or self.objective.temperature_of(batch.task)
         return quadruplet_loss(pairs.scores / temperature, pairs.positive, label, known, self.beta1, self.beta2).mean()

@@ -158,6 +158,7 @@ def with_adapters(encoder: Encoder, adapters: Mapping[str, str]) -> AdapterEncod
             shape = f"{result.num_layers} layers of dimension {result.dimension}, with bottleneck {size}"
             raise UserError(f"adapters.{key}: {adapters[key]} does not fit; expected an adapter for {shape}")
         result.adapters[task].load_state_dict(weights)
+    result.similarity = encoder.similarity
     return result
 
 

@@ -16,6 +16,7 @@ from typing import Any, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.citation_graph import graph_of, positions
+from datamodules.options import check_number
 from datamodules.records import UserError, prefixed
 from lightning_modules.encoders.base import Condition
 from lightning_modules.encoders.instruct import InstructEncoder
@@ -53,10 +54,8 @@ class DualPromptEncoder(InstructEncoder):
     ):
         if separate and not prompt:
             raise UserError("separate: trains an encoder of instructions, which prompt=false leaves out")
-        if num_anchors < 0:
-            raise UserError(f"num_anchors: expected a number of at least 0, got {num_anchors}")
-        if steps < 1:
-            raise UserError(f"steps: expected a number of at least 1, got {steps}")
+        check_number("num_anchors", num_anchors, minimum=0)
+        check_number("steps", steps, minimum=1)
         super().__init__(backbone, tokenizer, tasks, instructions, separate, pooling, normalize, max_length)
         self.prompt, self.num_anchors, self.steps = prompt, num_anchors, steps
         self.graph, self.link_task = graph, link_task
@@ -77,7 +76,7 @@ class DualPromptEncoder(InstructEncoder):
         return super().condition(task) if self.prompt else Condition()
 
     def prepare(self, data: Any) -> None:
-        """Compute the positions, unless the encoder was loaded with some: new papers then have none."""
+        """Compute the positions, unless the encoder was loaded with positions. Papers added since then have none."""
         if not self.num_anchors or len(features := cast(TextFeatures, self.features["positions"])):
             return
         task = self._link_task(data)
@@ -88,11 +87,11 @@ class DualPromptEncoder(InstructEncoder):
 
     def _link_task(self, data: Any) -> Any:
         """Return the data of the task whose papers are in the graph."""
-        kinds = {task.task.name: task for task in getattr(data, "tasks", ())}
-        names = [name for name, task in kinds.items() if task.queries_are_documents]
+        tasks = getattr(data, "by_name", {})
+        names = [name for name, task in tasks.items() if task.queries_are_documents]
         chosen = [name for name in names if self.link_task in ("", name)]
         if len(chosen) != 1:
             found = f"{self.link_task!r}" if self.link_task else f"{len(names)} such tasks"
             expected = f"one of {', '.join(names)}" if names else "a task of kind link_prediction in the training"
             raise UserError(f"link_task: the positions need a citation graph; expected {expected}, got {found}")
-        return kinds[chosen[0]]
+        return tasks[chosen[0]]

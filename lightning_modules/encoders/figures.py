@@ -16,6 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.files import ARRAY_ERRORS, regular
+from datamodules.options import check_number
 from datamodules.records import UserError, explained
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.text_features import TextFeatures
@@ -50,8 +51,7 @@ class FigureEncoder(MoEEncoder):
         normalize: bool = False,
         max_length: int = 256,
     ):
-        if image_size < 0:
-            raise UserError(f"image_size: expected a number of at least 0, got {image_size}")
+        check_number("image_size", image_size, minimum=0)
         if vectors and not image_size:
             raise UserError(f"image_size: expected the size of the image vectors in {vectors}, got 0")
         super().__init__(backbone, tokenizer, tasks, attention, ffn, layers, pooling, normalize, max_length)
@@ -63,7 +63,7 @@ class FigureEncoder(MoEEncoder):
         """Read the vectors of all figures, unless the encoder was loaded with some."""
         if not self.image_size or len(features := cast(TextFeatures, self.features["images"])):
             return
-        tasks = {task.task.name: task for task in getattr(data, "tasks", ())}
+        tasks = getattr(data, "by_name", {})
         if self.figure_task not in tasks:
             names = ", ".join(tasks) or "none"
             raise UserError(

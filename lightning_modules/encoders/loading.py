@@ -169,9 +169,7 @@ def load_encoder(
     if not path.is_file():
         _warn_of_unused(model, backbone, tower)
     if adapters:
-        similarity = encoder.similarity
         encoder = with_adapters(encoder, adapters)
-        encoder.similarity = similarity
     return encoder.eval()
 
 

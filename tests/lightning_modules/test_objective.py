@@ -14,7 +14,8 @@ from datamodules.records import UserError
 from datamodules.tasks import SearchDataModule
 from lightning_modules.chunked import rows_per_block, sum_over_blocks
 from lightning_modules.encoders.adapters import AdapterEncoder
-from lightning_modules.objective import FrozenEncoder, FrozenVectors, Objective, Temperature
+from lightning_modules.frozen import FrozenEncoder, FrozenVectors
+from lightning_modules.objective import Objective, Temperature
 from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions, VectorTeacherOptions
 from tests.lightning_modules.objective_reference import normalized, random_batch, reference
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_modules.objective import FrozenVectors, Objective
+from lightning_modules.frozen import FrozenVectors
+from lightning_modules.objective import Objective
 from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions
 from tests.lightning_modules.objective_reference import batch_without_texts
 

@@ -8,7 +8,7 @@ from datamodules.records import UserError
 from datamodules.tasks import LinkPredictionDataModule, SearchDataModule
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.loading import load_encoder
-from lightning_modules.objective import FrozenEncoder
+from lightning_modules.frozen import FrozenEncoder
 from lightning_modules.objective_options import VectorTeacherOptions
 from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.evaluation import evaluate

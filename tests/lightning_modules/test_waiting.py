@@ -28,8 +28,8 @@ from lightning_modules.encoders.instruct import InstructEncoder, PromptEncoder
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
+from lightning_modules.frozen import FrozenEncoder, FrozenVectors
 from lightning_modules.loss_weights import DynamicWeights
-from lightning_modules.objective import FrozenEncoder, FrozenVectors
 from lightning_modules.task_balance import GradNorm, PCGrad
 from tests.conftest import TASKS
 from tests.lightning_modules.auxiliary import cases as losses

@@ -28,7 +28,7 @@ class Likeness(AuxiliaryLoss):
         self.seen: list[tuple] = []
 
     def companions(self, data, task):
-        tables = {table.task.name: table for table in data.tasks}
+        tables = data.by_name
         if task not in OTHER:
             return ()
         labels = len(tables[OTHER[task]].collections["toy"].corpus)
@@ -71,7 +71,7 @@ def test_companions_are_the_texts_that_a_loss_asks_for_encoded_as_its_task(make_
     loss = Likeness(weight=1e-30)
     module = trained(make_encoder, three_tasks, tmp_path, loss, steps=1, config=NO_DROPOUT)
     batch, vectors, (other, labels) = loss.seen[0]
-    tables = {table.task.name: table for table in three_tasks.tasks}
+    tables = three_tasks.by_name
     encoder, task = make_encoder(config=NO_DROPOUT), batch.task
     own = [tables[task].documents[row] for row in batch.rows.tolist()]
     encode = {name: lambda texts, name=name: encoder.encode(texts, name) for name in OTHER}

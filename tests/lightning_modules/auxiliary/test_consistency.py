@@ -149,7 +149,7 @@ def test_companions_are_the_queries_and_few_candidates_of_the_other_tasks(make_e
     batch = batches(make_encoder, three_tasks)[0]
     others = [task for task in TASKS if task != batch.task]
     assert [companion.task for companion in batch.companions] == [others[0], others[0], others[1], others[1]]
-    tables = {table.task.name: table for table in three_tasks.tasks}
+    tables = three_tasks.by_name
     for other, queries, candidates in zip(others, batch.companions[::2], batch.companions[1::2], strict=True):
         assert torch.equal(queries.rows, batch.rows[batch.queries])
         assert len(set(candidates.rows.tolist())) == 5

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from datamodules.batches import padded
-from lightning_modules.objective import FrozenVectors, Objective
+from lightning_modules.frozen import FrozenVectors
+from lightning_modules.objective import Objective
 from lightning_modules.objective_options import GuideOptions, ObjectiveOptions, TeacherOptions, VectorTeacherOptions
 from tests.lightning_modules.objective_reference import batch_without_texts
 
