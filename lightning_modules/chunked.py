@@ -34,7 +34,7 @@ from lightning_modules.encoders.base import Encoder
 MATRICES_PER_BLOCK = 4
 
 
-Texts = ContrastiveBatch | Companion
+Batch = ContrastiveBatch | Companion
 
 
 class Embedded(NamedTuple):
@@ -44,12 +44,12 @@ class Embedded(NamedTuple):
     penalty: Tensor
 
 
-def embed(encoder: Encoder, batch: Texts) -> Embedded:
+def embed(encoder: Encoder, batch: Batch) -> Embedded:
     """Embed the texts of a batch, with the graphs of all chunks in memory."""
     return _embed_chunks(encoder, batch, num_forwards(encoder, batch))
 
 
-def embed_cached(encoder: Encoder, batch: Texts) -> Embedded:
+def embed_cached(encoder: Encoder, batch: Batch) -> Embedded:
     """Embed the texts of a batch with GradCache: one graph in memory at a time, for a second forward pass."""
     forwards = num_forwards(encoder, batch)
     if not torch.is_grad_enabled() or forwards == 1:
@@ -60,7 +60,7 @@ def embed_cached(encoder: Encoder, batch: Texts) -> Embedded:
     return Embedded(*_GradCache.apply(encoder, batch, forwards, *_trained_parameters(encoder)))
 
 
-def num_forwards(encoder: Encoder, batch: Texts) -> int:
+def num_forwards(encoder: Encoder, batch: Batch) -> int:
     """Return the number of forward passes for a batch: one per chunk.
 
     With a sharded encoder, ranks compute layers together, so each makes as many passes as the one with the most chunks.
@@ -69,7 +69,7 @@ def num_forwards(encoder: Encoder, batch: Texts) -> int:
     return largest(chunks) if encoder.sharded else chunks
 
 
-def embed_chunk(encoder: Encoder, batch: Texts, index: int) -> Embedded:
+def embed_chunk(encoder: Encoder, batch: Batch, index: int) -> Embedded:
     """Embed one chunk of a batch.
 
     Dropout depends only on the batch's seed and the index of the chunk. So it is the same when the chunk is embedded
@@ -95,7 +95,7 @@ def _seed(device: torch.device, seed: int) -> None:
         torch.mps.manual_seed(seed)
 
 
-def _embed_nothing(encoder: Encoder, batch: Texts) -> Embedded:
+def _embed_nothing(encoder: Encoder, batch: Batch) -> Embedded:
     """Take part in the forward pass of the other ranks. Return no vectors, (0, D), and a penalty of 0."""
     chunk = batch.chunks[0]
     first_text = Tokens(chunk.input_ids[: chunk.lengths[0]], chunk.offsets[:2], chunk.lengths[:1], chunk.keys[:1])
@@ -103,7 +103,7 @@ def _embed_nothing(encoder: Encoder, batch: Texts) -> Embedded:
     return Embedded(vectors[:0], 0.0 * penalty)
 
 
-def _embed_chunks(encoder: Encoder, batch: Texts, forwards: int) -> Embedded:
+def _embed_chunks(encoder: Encoder, batch: Batch, forwards: int) -> Embedded:
     with encoder.casting():
         chunks = [embed_chunk(encoder, batch, index) for index in range(forwards)]
     penalty = reduce(torch.add, (chunk.penalty for chunk in chunks))
@@ -116,7 +116,7 @@ def _trained_parameters(encoder: Encoder) -> list[Tensor]:
 
 class _GradCache(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, encoder: Encoder, batch: Texts, forwards: int, *_: Tensor) -> Embedded:
+    def forward(ctx: Any, encoder: Encoder, batch: Batch, forwards: int, *_: Tensor) -> Embedded:
         device = encoder.device.type
         ctx.encoder, ctx.batch, ctx.forwards = encoder, batch, forwards
         ctx.autocast = {

@@ -20,7 +20,7 @@ from datamodules.options import check_options
 from datamodules.packed import Companion, ContrastiveBatch
 from datamodules.records import UserError, prefixed
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
-from lightning_modules.chunked import Embedded, Texts, embed, embed_cached
+from lightning_modules.chunked import Batch, Embedded, embed, embed_cached
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.loading import describe
 from lightning_modules.frozen import FrozenEncoder
@@ -154,7 +154,7 @@ class ContrastiveModule(L.LightningModule):
     def on_fit_start(self) -> None:
         self.train()  # pretrained backbones are in eval mode, and Lightning leaves them there
 
-    def embed(self, batch: Texts) -> Embedded:
+    def embed(self, batch: Batch) -> Embedded:
         """Return the vectors of the distinct texts of a batch or companion, (U, D), and the encoder's mean penalty."""
         return (embed_cached if self.grad_cache else embed)(self.encoder, batch)
 

@@ -160,7 +160,8 @@ class LightningLogger(RunLogger):
             return
         try:
             if self._logger is None:  # before the first row, only `rewind` knows where the run starts
-                self._logger = LIGHTNING_LOGGERS[self._name](self.folder.absolute(), self._step)  # ~ stays as it is
+                folder = self.folder.absolute()  # absolute, so that a ~ in the path is not expanded
+                self._logger = LIGHTNING_LOGGERS[self._name](folder, self._step)
             self._logger.log_metrics(numbers, step=step)
             self._logger.save()
         except Exception as error:  # a full disk, for instance

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 def loss_scaler(trainer: L.Trainer | None) -> torch.amp.GradScaler | None:
-    """Return what scales losses and gradients in fp16, or None in another precision or without a trainer."""
+    """Return the loss scaler of fp16 training; None in another precision, or without a trainer."""
     return None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
 
 

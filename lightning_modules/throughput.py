@@ -1,6 +1,6 @@
 """Model FLOPs utilisation (MFU): useful floating-point operations per second, as a share of what the device can do.
 
-Useful are the operations that the vectors of real tokens need, whatever the implementation computes:
+Useful operations are those that the vectors of real tokens need, however they are computed:
 
     products    2 per weight and token of each linear layer. With pooling "cls", the last layer needs queries, outputs
                 and the feed-forward sub-layer of one token per text.

@@ -78,7 +78,10 @@ class GroupSampler:
         return np.concatenate([self.group(row, np.random.default_rng([seed, row])) for row in queries.tolist()])
 
     def group(self, row: int, rng: np.random.Generator) -> np.ndarray:
-        """Return p positives and n negatives of a query, (p + n,): its own row, if there are none of either."""
+        """Return p positives and n negatives of a query, (p + n,).
+
+        A query that lacks either gets its own row p + n times.
+        """
         nobody = np.full(self.positives + self.negatives, row)
         if row not in self.graph:
             return nobody

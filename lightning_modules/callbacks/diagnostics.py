@@ -30,7 +30,7 @@ from lightning_modules.distributed.collectives import mean_over_ranks
 from lightning_modules.distributed.sharding import replica, sharded_gradients, slice_of
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
-from lightning_modules.encoders.loading import merged
+from lightning_modules.encoders.loading import without_lora
 from lightning_modules.loggers import log_picture
 from lightning_modules.loss_weights import loss_scaler
 from lightning_modules.losses import comparable
@@ -91,7 +91,7 @@ class Diagnostics(L.Callback):
     def _measure(self, trainer: L.Trainer, module: ContrastiveModule, step: int) -> None:
         self.logged_at, started = step, time.perf_counter()
         with torch.random.fork_rng([module.device] if module.device.type == "cuda" else []):
-            encoder = merged(replica(module.encoder))
+            encoder = without_lora(replica(module.encoder))
             values = self._gradients(trainer, module) | self._vectors(trainer, module, encoder)
         means = mean_over_ranks(torch.tensor(list(values.values()), dtype=torch.float64, device=module.device))
         values = dict(zip(values, means.tolist(), strict=True))

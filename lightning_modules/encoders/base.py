@@ -28,7 +28,7 @@ from datamodules.store import Rows
 from datamodules.text import as_documents
 from lightning_modules.encoders.attention import NUM_SPLITS, AttentionContext, Prefix
 from lightning_modules.encoders.families import Choice, Family, family_of
-from lightning_modules.encoders.pipeline import encode_units, only
+from lightning_modules.encoders.pipeline import encode_units, vectors_of_task
 from lightning_modules.encoders.pooling import POOLINGS, pooled
 from lightning_modules.encoders.text_features import TextFeatures
 from lightning_modules.retrieval.compute import default_token_budget, evaluating
@@ -38,7 +38,7 @@ Texts = Sequence[Document | Mapping[str, Any] | str]
 TaskVectors = dict[str, Tensor]  # task -> vectors (n, D)
 
 
-class EncodingOptions(TypedDict, total=False):
+class EncodeKeywords(TypedDict, total=False):
     """Types of the options of Encoder.encode, which documents them."""
 
     token_budget: int | None
@@ -117,7 +117,7 @@ class Encoder(nn.Module):
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self.gradient_checkpointing = False
         self.sharded = False  # whether distributed/sharding.py has split the parameters over ranks
-        self._weights: Mapping[Tensor, Tensor] = {}  # what replaces the parameters at the moment
+        self._weights: Mapping[Tensor, Tensor] = {}  # parameter -> tensor that replaces it during casting
         self.encoded = {"texts": 0, "tokens": 0, "flops": 0.0}  # totals over all calls of encode (see throughput.py)
 
     @property
@@ -336,9 +336,9 @@ class Encoder(nn.Module):
         return 0
 
     @overload
-    def encode(self, documents: Texts, task: str, **options: Unpack[EncodingOptions]) -> Tensor: ...
+    def encode(self, documents: Texts, task: str, **options: Unpack[EncodeKeywords]) -> Tensor: ...
     @overload
-    def encode(self, documents: Texts, *, tasks: Sequence[str], **options: Unpack[EncodingOptions]) -> TaskVectors: ...
+    def encode(self, documents: Texts, *, tasks: Sequence[str], **options: Unpack[EncodeKeywords]) -> TaskVectors: ...
     def encode(
         self,
         documents: Texts,
@@ -369,11 +369,11 @@ class Encoder(nn.Module):
 
     @overload
     def encode_each(
-        self, groups: Iterable[Texts], task: str, **options: Unpack[EncodingOptions]
+        self, groups: Iterable[Texts], task: str, **options: Unpack[EncodeKeywords]
     ) -> Generator[Tensor]: ...
     @overload
     def encode_each(
-        self, groups: Iterable[Texts], *, tasks: Sequence[str], **options: Unpack[EncodingOptions]
+        self, groups: Iterable[Texts], *, tasks: Sequence[str], **options: Unpack[EncodeKeywords]
     ) -> Generator[TaskVectors]: ...
     def encode_each(
         self,
@@ -409,7 +409,7 @@ class Encoder(nn.Module):
             )
         token_budget = token_budget or default_token_budget(self.device)
         results = encode_units(self, units, names, token_budget, advance, batch_invariant)
-        return results if task is None else only(results, task)
+        return results if task is None else vectors_of_task(results, task)
 
     @contextmanager
     def inferring(self) -> Iterator[None]:

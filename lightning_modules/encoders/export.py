@@ -30,7 +30,7 @@ from lightning_modules.encoders.backbone import (
 )
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import PromptEncoder
-from lightning_modules.encoders.loading import dense_key, load_weights, merged
+from lightning_modules.encoders.loading import dense_key, load_weights, without_lora
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.scimult_format import to_reference
 from lightning_modules.encoders.sentence_files import FORMER_MODES
@@ -50,7 +50,7 @@ def dense(encoder: Encoder, task: str) -> Encoder:
         raise UserError(f"{type(encoder).__name__} {problem}; save the whole encoder instead")
     if task == AVERAGE and not isinstance(encoder, MoEEncoder):
         raise UserError(f"{type(encoder).__name__} has no experts to average")
-    encoder, expert = merged(encoder), None if task == AVERAGE else encoder.expert_of(task)
+    encoder, expert = without_lora(encoder), None if task == AVERAGE else encoder.expert_of(task)
     tensors: dict[str, list[Tensor]] = {}  # name without expert -> tensors of the selected experts
     for key, tensor in encoder.state_dict().items():
         if expert is None or expert_in(key) in (None, expert):
@@ -180,7 +180,7 @@ def save_onnx(folder: str | Path) -> Path:
 
 def save_reference(encoder: Encoder, path: str | Path) -> Path:
     """Write a checkpoint in the layout of SciMult's authors. If writing fails, an existing file stays unchanged."""
-    path, checkpoint = Path(path), to_reference(merged(encoder))
+    path, checkpoint = Path(path), to_reference(without_lora(encoder))
     with explained(f"{path}: cannot be written", OSError, RuntimeError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as file:

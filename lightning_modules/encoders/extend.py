@@ -42,7 +42,10 @@ def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str
 
 
 def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch]) -> dict[str, float]:
-    """Return existing task -> mean loss of a new task's batches when encoded for that task. The lowest is nearest."""
+    """Return, for each existing task, the mean loss of a new task's batches encoded as that task.
+
+    The task with the lowest loss is nearest.
+    """
     tasks, batches = list(module.encoder.tasks), list(batches)
     with evaluating(module), torch.no_grad():
         losses = {task: sum(_loss_as(module, batch, task) for batch in batches) for task in tasks}

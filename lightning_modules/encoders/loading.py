@@ -312,7 +312,7 @@ def with_weights(encoder: Encoder, weights: Mapping[str, Tensor]) -> Encoder:
     return copy.to(encoder.device).eval()
 
 
-def merged(encoder: Encoder) -> Encoder:
+def without_lora(encoder: Encoder) -> Encoder:
     """Return a copy of an encoder with its LoRA merged, or the encoder itself if it has none."""
     return encoder if encoder.lora_scale is None else with_weights(encoder, encoder.state_dict())
 

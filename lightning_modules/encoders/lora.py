@@ -40,7 +40,8 @@ def add_lora(encoder: Encoder, options: LoraOptions) -> None:
     for layer, attention in layers:
         names = [name for name, plain in linear[layer].items() if _is_chosen(name, plain, options.targets, attention)]
         if names:
-            pattern = "|".join(map(re.escape, names))  # of a list, peft would also take longer names that end so
+            # Given a list, peft would also match longer names with the same ending.
+            pattern = "|".join(map(re.escape, names))
             settings: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
             inject_adapter_in_model(LoraConfig(target_modules=pattern, **settings), layer)
             _start_experts_equal(layer)
@@ -84,7 +85,9 @@ def _check_targets(targets: Sequence[str], linear: Collection[Mapping[str, str]]
     for target in targets:
         if not any(_is_chosen(name, plain, [target], ()) for name, plain in names.items()):
             known = ", ".join(sorted(set(names.values())))
-            raise UserError(f"lora.targets: unknown linear layer {target!r}; expected one of {known}, or how it ends")
+            raise UserError(
+                f"lora.targets: unknown linear layer {target!r}; expected one of {known}, or the end of such a name"
+            )
     experts = {name: plain for name, plain in names.items() if name != plain}
     if targets and experts and not any(_is_chosen(name, plain, targets, ()) for name, plain in experts.items()):
         known = ", ".join(sorted(set(experts.values())))

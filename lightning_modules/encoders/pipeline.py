@@ -99,7 +99,7 @@ def encode_on_device(encoder: Encoder, documents: Sequence[Document], tasks: Seq
     return vectors
 
 
-def only(results: Generator[dict[str, Tensor]], task: str) -> Generator[Tensor]:
+def vectors_of_task(results: Generator[dict[str, Tensor]], task: str) -> Generator[Tensor]:
     """Yield the vectors of one task."""
     with closing(results):
         for vectors in results:

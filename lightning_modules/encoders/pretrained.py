@@ -33,7 +33,7 @@ from lightning_modules.encoders.backbone import (
     write_checksum,
 )
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import build, describe_architecture, load_weights, merged
+from lightning_modules.encoders.loading import build, describe_architecture, load_weights, without_lora
 
 CONFIG = "config.json"
 
@@ -97,7 +97,7 @@ AutoModel.register(SciMultConfig, SciMultModel, exist_ok=True)
 def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
     """Write an encoder with its tokenizer and the checksum of its weights to a folder, which is created if needed."""
     quiet_transformers()
-    encoder, folder = merged(encoder), Path(folder)
+    encoder, folder = without_lora(encoder), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     SciMultModel(SciMultConfig(**describe_architecture(encoder)), encoder).save_pretrained(folder)
     return folder

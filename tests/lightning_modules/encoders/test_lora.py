@@ -16,7 +16,7 @@ from lightning_modules.encoders.adapters import AdapterEncoder
 from lightning_modules.encoders.backbone import load_backbone
 from lightning_modules.encoders.export import average, save_dense, save_reference
 from lightning_modules.encoders.extend import add_tasks
-from lightning_modules.encoders.loading import describe, load_encoder, merged
+from lightning_modules.encoders.loading import describe, load_encoder, without_lora
 from lightning_modules.encoders.lora import LoraOptions, add_lora
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.optim import OptimOptions, parameter_groups
@@ -119,9 +119,9 @@ def test_merged_vectors_equal_the_others(make, name, tmp_path, monkeypatch):
     torch.save({"encoder": describe(encoder), "state_dict": state}, tmp_path / "run.ckpt")
     folder = encoder.save_pretrained(tmp_path / "whole")
     monkeypatch.setitem(sys.modules, "peft", None)
-    for again in (load_encoder(tmp_path / "run.ckpt"), load_encoder(folder), merged(encoder)):
+    for again in (load_encoder(tmp_path / "run.ckpt"), load_encoder(folder), without_lora(encoder)):
         assert not any(map(is_matrix, again.state_dict()))
-        assert merged(again) is again
+        assert without_lora(again) is again
         for task, vectors in again.encode(TEXTS, tasks=list(TASKS)).items():
             torch.testing.assert_close(vectors, expected[task], atol=1e-6, rtol=0)
             assert not torch.allclose(vectors, start[task], atol=1e-3)
