@@ -126,7 +126,7 @@ agent: $(STAMP) ## run trials of a sweep on W&B: make agent SWEEP_ID=ENTITY/PROJ
 sync: ## upload offline logs to W&B: make sync [folder=RUN]
 
 slurm: $(STAMP) ## write a SLURM job: make slurm EXP=moe NODES=2 GPUS=8 TIME=04:00:00 [SUBMIT=1] [SEEDS=0,1]
-	@$(PY) -m experiments.slurm $(TRAINING) $(if $(value SWEEP),SWEEP=$(call shell-word,SWEEP)) $(if $(call given,PYTHON),PYTHON=$(call shell-word,PYTHON)) $(OVERRIDES) $(call shell-words,$(value ARGS))
+	@$(PY) -m experiments.slurm $(TRAINING) $(if $(value SWEEP),SWEEP=$(call shell-word,SWEEP)) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 eval: ## evaluate models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search] [devices=8]
 reproduce: ## compare results with the paper's tables: make reproduce results=FOLDER [system=SciMult-Vanilla]

@@ -44,7 +44,7 @@ class MineOptions(ExperimentOptions, EncodingOptions):
 
     output: Path = option(help="folder for the hard negatives and report.svg; train with mining.store=FOLDER")
     document_model: str = option(
-        "", "model that encodes the documents, for a model that was trained for queries alone (a teacher of vectors)"
+        "", "model that encodes the documents, if model= encodes only queries (asymmetric distillation)"
     )
     vectors: Path | None = option(
         None, "folder for cached vectors, by default OUTPUT.vectors; you can delete it afterwards"

@@ -32,6 +32,7 @@ TEMPLATE, CLUSTER = FOLDER / "slurm" / "train.sbatch", FOLDER / "slurm" / "clust
 FIELD = re.compile(r"{{(\w+)}}")
 PLAIN_WORD = re.compile(r"[\w@%+=:,./${}-]+", re.ASCII)
 NOT_IN_LOG = re.compile(r"[\x00-\x1f\x7f%\\]")  # sbatch replaces % and \ in the name of a log, even in quotes
+FOR_THE_SHELL = {"setup", "launch", "python"}  # keys of cluster.yaml
 MIN_TRAINING = 60  # seconds of TIME that must remain before the signal
 
 
@@ -50,8 +51,8 @@ class ClusterOptions:
     launch: str | None = option(None, "prefix of python in every rank, such as apptainer exec IMAGE", key="LAUNCH")
     python: str | None = option(
         None,
-        "interpreter of the job, by default this one; make also creates .venv with it if there is none",
-        key="PYTHON",
+        "interpreter of the job, by default the one that writes the job (of .venv)",
+        key="JOB_PYTHON",
     )
 
 
@@ -139,16 +140,19 @@ def read_options(arguments: Sequence[str]) -> tuple[SlurmOptions, list[str]]:
 
 
 def _read_cluster() -> ClusterOptions:
-    """Read cluster.yaml. Its ${NAME} are for the shell, so OmegaConf must not replace them."""
+    """Read cluster.yaml.
+
+    In text for the shell, OmegaConf must replace ${oc.env:NAME} alone. A ${NAME} may be escaped, but need not be.
+    """
     content = OmegaConf.to_container(read_yaml(CLUSTER))
     setup = content.get("setup") or []
     lines = [setup] if isinstance(setup, str) else setup
     if not (isinstance(lines, list) and all(isinstance(line, str) for line in lines)):
         raise UserError(f"{CLUSTER}: setup: expected a shell command or a list of them, got {setup!r}")
     content["setup"] = "\n".join(lines)
-    for key, value in content.items():
-        if isinstance(value, str):
-            content[key] = re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
+    for key in FOR_THE_SHELL & content.keys():
+        if isinstance(content[key], str):
+            content[key] = re.sub(r"\\?\$\{(?!oc\.)", r"\\${", content[key])
     return structured(ClusterOptions, [OmegaConf.create(content)], str(CLUSTER))
 
 

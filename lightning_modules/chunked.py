@@ -86,13 +86,13 @@ def embed_chunk(encoder: Encoder, batch: Batch, index: int) -> Embedded:
 def _seed(device: torch.device, seed: int) -> None:
     """Seed the generators of the CPU and of the device.
 
-    torch.manual_seed also seeds those of absent devices, which takes 0.5 ms each time.
+    torch.manual_seed also seeds those of absent devices, which takes 0.5 ms.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
+    elif device.type != "cpu":
+        torch.manual_seed(seed)
 
 
 def _embed_nothing(encoder: Encoder, batch: Batch) -> Embedded:

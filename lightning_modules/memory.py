@@ -40,6 +40,7 @@ class Memory:
 
 
 def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
+    """Return the total size of tensors, in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -29,7 +29,7 @@ def expert_in(name: str) -> str | None:
 
 
 def without_expert(name: str) -> str:
-    """Return what the names of counterparts in all experts have in common: that of the backbone's module in MoE."""
+    """Return a parameter's name without its expert: the copies of all experts share it."""
     return EXPERT.sub("", name)
 
 
@@ -39,7 +39,7 @@ def can_name_module(name: str) -> bool:
 
 
 def check_task_names(key: str, tasks: Iterable[str]) -> None:
-    """Raise UserError for a task that no parameter can be called after. key: argument that needs one per task."""
+    """Raise UserError for a task whose name torch refuses for a parameter. key: argument that needs one per task."""
     for task in tasks:
         if not can_name_module(task):
             raise UserError(

@@ -57,8 +57,8 @@ class BenchmarkOptions(SuiteOptions):
     beir: Path | None = option(None, "folder in BEIR layout or of JSON lines; needs task=")
     task: str = option(
         "",
-        "task whose expert ranks: required by beir=, replaces each benchmark's own with benchmarks=; otherwise, the "
-        "only task of the run to evaluate",
+        "task whose expert ranks. Required with beir=. With benchmarks=, replaces each benchmark's own. With neither, "
+        "the only task to evaluate",
     )
     split: str = option("test", "split of beir= or of the run's collections")
     exclude: Literal["auto", "yes", "no"] = option(

@@ -137,7 +137,7 @@ def is_complete(folder: Path, job: Job) -> bool:
 
 
 def seconds_of(folder: Path, job: Job) -> list[float]:
-    """Return the seconds of each command that is done: without its results, the last one, the evaluation, is not.
+    """Return the seconds of each completed command. The last one, the evaluation, counts only if its results exist.
 
     Raises UserError if the job was begun with other commands.
     """

@@ -91,7 +91,7 @@ def _verbosity(arguments: Sequence[str]) -> tuple[list[str], int]:
 
 
 def verbosity() -> list[str]:
-    """Return the flag for another command that shows messages as this one does, if it needs one."""
+    """Return -q or -v if a child command needs it to log at this command's level."""
     return [flag for flag, level in LEVELS.items() if level == logging.getLogger().level][:1]
 
 

@@ -34,7 +34,7 @@ from datamodules.records import UserError
 from datamodules.text import input_text
 from lightning_modules.distributed.collectives import from_first_rank, rank, together
 from lightning_modules.encoders.backbone import check_family, check_size, installed, reading
-from lightning_modules.mining.filters import query_of_values, text_hashes
+from lightning_modules.mining.filters import text_hashes
 from lightning_modules.mining.relabel import Judge, JudgeContext, Pairs
 from lightning_modules.optim import schedule
 
@@ -214,7 +214,7 @@ class PairTable:
     @classmethod
     def of(cls, pairs: Sequence[Pairs]) -> PairTable:
         parts, hashes = [], [(text_hashes(pool.queries), text_hashes(pool.corpus)) for pool, _, _ in pairs]
-        known = [Pairs(p.pool, query_of_values(p.pool.positives), p.pool.positives.values) for p in pairs]
+        known = [Pairs(p.pool, p.pool.positives.owners, p.pool.positives.values) for p in pairs]
         for group in (pairs, known):
             for number, (_, queries, documents) in enumerate(group):
                 columns = (np.full(len(queries), number), queries, documents)

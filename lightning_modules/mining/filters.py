@@ -11,7 +11,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from datamodules.records import Document, Ragged
+from datamodules.ragged import Ragged
+from datamodules.records import Document
 from datamodules.text import input_text
 
 
@@ -29,11 +30,6 @@ def text_numbers(corpus: Iterable[Document], queries: Iterable[Document]) -> tup
     return numbers[: len(document_hashes)], numbers[len(document_hashes) :]
 
 
-def query_of_values(lists: Ragged) -> np.ndarray:
-    """Return the query number of each value."""
-    return np.repeat(np.arange(len(lists.starts) - 1), np.diff(lists.starts))
-
-
 def pair_keys(queries: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return pairs of a query number and a value, (n,) each, as one number per pair."""
     return queries << 32 | np.asarray(values, dtype=np.int64)
@@ -43,7 +39,7 @@ def contained(rows: np.ndarray, lists: Ragged) -> np.ndarray:
     """Mask the candidates (Q, k) that are in their query's list."""
     values = lists.values.astype(np.int64)
     span = int(max(rows.max(initial=0), values.max(initial=0))) + 1
-    keys = query_of_values(lists) * span + values
+    keys = lists.owners * span + values
     return np.isin(np.arange(len(rows))[:, None] * span + rows, keys) & (rows >= 0)
 
 

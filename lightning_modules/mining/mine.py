@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from datamodules.records import KEEP, LABELS, MinedNegatives, MiningPool, Ragged, UserError
+from datamodules.ragged import Ragged
+from datamodules.records import KEEP, LABELS, MinedNegatives, MiningPool, UserError
 from lightning_modules.distributed.collectives import gather_objects, rank, together, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.mining import filters
@@ -237,7 +238,7 @@ class _BlockMiner:
         pool, options = self.pool, self.options
         queries = slice(block.start, block.stop)
         rows, scores = self.miner.rank(pool, block, options.k, self.context)
-        positives = _lists_of(pool.positives, block)
+        positives = pool.positives.take(np.array(block))
         sieve = Sieve(rows)
         sieve.apply("known positives", filters.not_known_positive(rows, positives, pool.document_of_query[queries]))
         sieve.apply("not trained on", ~np.isin(rows, pool.excluded))
@@ -265,7 +266,7 @@ class _BlockMiner:
         return Mined(
             negatives,
             margins[chosen].astype(np.float32),
-            filters.contained(rows, _lists_of(pool.held_out_positives, block))[chosen],
+            filters.contained(rows, pool.held_out_positives.take(np.array(block)))[chosen],
             self.document_texts[rows[chosen]],
             num_candidates=int(candidates.sum()),
             num_above=int((candidates & (margins < 0)).sum()),
@@ -300,16 +301,10 @@ class _BlockMiner:
         vectors: vectors of queries and documents. scores: scores of the candidates, if already known.
         """
         queries, documents = vectors
-        query_rows = filters.query_of_values(positives) + block.start
+        query_rows = positives.owners + block.start
         positive_scores = row_scores(queries, documents, query_rows, positives.values, self.context.memory)
         positive = filters.positive_score(positive_scores, positives, self.options.positive)
         if scores is None:
             block_queries = queries.gather(np.arange(block.start, block.stop))
             scores = pair_scores(block_queries, documents, rows, self.context.memory)
         return positive, scores
-
-
-def _lists_of(lists: Ragged, queries: range) -> Ragged:
-    """Return the lists of a block of queries."""
-    starts = lists.starts[queries.start : queries.stop + 1]
-    return Ragged(starts - starts[0], lists.values[starts[0] : starts[-1]])

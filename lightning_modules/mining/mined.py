@@ -93,7 +93,7 @@ def unrated(negatives: MinedNegatives, pools: Sequence[MiningPool]) -> Mined:
     for pool in pools:
         _, queries, rows = pairs_of(negatives, pool)
         judged = pool.held_out_positives
-        judged_keys = filters.pair_keys(filters.query_of_values(judged), judged.values)
+        judged_keys = filters.pair_keys(judged.owners, judged.values)
         held_out.append(np.isin(filters.pair_keys(queries, rows), judged_keys))
         texts.append(filters.text_numbers(pool.corpus, ())[0][rows] + (texts[-1].max(initial=-1) + 1 if texts else 0))
     margins = np.full(len(negatives.documents), np.nan, dtype=np.float32)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from datamodules.citation_graph import CitationGraph
-from datamodules.records import MiningPool, UserError, explained
+from datamodules.records import MiningPool, UserError, explained, short
 from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.search import MEMORY, Shards, top_k
 
@@ -205,7 +205,7 @@ class RandomWalkMiner(Miner):
             # Queries that are not documents of the corpus are nodes after its documents.
             other_nodes = len(pool.corpus) + np.arange(len(pool.queries))
             nodes = np.where(pool.document_of_query < 0, other_nodes, pool.document_of_query)
-            pairs = np.stack([np.repeat(nodes, np.diff(pool.positives.starts)), pool.positives.values], axis=1)
+            pairs = np.stack([nodes[pool.positives.owners], pool.positives.values], axis=1)
             context.prepared["graph"] = CitationGraph(pairs, len(pool.corpus) + len(pool.queries)), nodes
         graph, nodes = context.prepared["graph"]
         k = min(k, len(pool.corpus))
@@ -321,7 +321,7 @@ def _read_values(path: Path, id: str, field: str, papers: set[str]) -> dict[str,
             except (ValueError, RecursionError):
                 record = None
             if not isinstance(record, dict) or id not in record:
-                raise UserError(f"{path}:{number}: expected a JSON object with {id!r}, got {line[:60]!r}")
+                raise UserError(f"{path}:{number}: expected a JSON object with {id!r}, got {short(line)}")
             if str(record[id]) in papers:
                 value = record.get(field) or []
                 value = value if isinstance(value, list) else [value]

@@ -18,10 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from datamodules.records import DROP, KEEP, LABELS, POSITIVE, MinedNegatives, MiningPool, UserError, explained
+from datamodules.ragged import Ragged
+from datamodules.records import DROP, KEEP, LABELS, POSITIVE, MinedNegatives, MiningPool, UserError, explained, short
 from lightning_modules.encoders.backbone import installed
 from lightning_modules.encoders.loading import load_encoder
-from lightning_modules.mining.filters import positive_score, query_of_values
+from lightning_modules.mining.filters import positive_score
 from lightning_modules.retrieval.search import row_scores
 from lightning_modules.retrieval.vector_cache import VectorCache, fingerprint, vectors_of_pool
 
@@ -38,9 +39,8 @@ class Pairs(NamedTuple):
 
 def pairs_of(mined: MinedNegatives, pool: MiningPool) -> Pairs:
     """Return the mined documents of one of the pools of a task."""
-    starts = mined.starts[pool.first_example : pool.first_example + len(pool.queries) + 1]
-    rows = np.asarray(mined.documents[starts[0] : starts[-1]], dtype=np.int64) - pool.first_row
-    return Pairs(pool, np.repeat(np.arange(len(pool.queries)), np.diff(starts)), rows)
+    lists = Ragged(mined.starts, mined.documents).take(pool.first_example + np.arange(len(pool.queries)))
+    return Pairs(pool, lists.owners, lists.values.astype(np.int64) - pool.first_row)
 
 
 class Verdict(NamedTuple):
@@ -134,7 +134,7 @@ class GuideJudge(Judge):
         verdicts = []
         for pool, queries, documents in pairs:
             vectors = vectors_of_pool(cache, pool)
-            positive_scores = row_scores(*vectors, query_of_values(pool.positives), pool.positives.values)
+            positive_scores = row_scores(*vectors, pool.positives.owners, pool.positives.values)
             positive = positive_score(positive_scores, pool.positives, "mean")  # (Q,)
             verdicts.append(self.by_score(row_scores(*vectors, queries, documents) - positive[queries]))
         return verdicts
@@ -208,7 +208,7 @@ class FileJudge(Judge):
                 names = ", ".join(LABELS)
                 raise UserError(
                     f"{self.path}:{number}: expected {form} query, paper, and label ({names}) or score (a finite "
-                    f"number), got {line[:60]!r}"
+                    f"number), got {short(line)}"
                 ) from None
             yield number, query, paper, value
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datamodules.files import read_json, write_json
-from datamodules.records import MinedNegatives, Ragged, UserError, reason
-from lightning_modules.mining.filters import pair_keys, query_of_values
+from datamodules.ragged import Ragged
+from datamodules.records import MinedNegatives, UserError, reason
+from lightning_modules.mining.filters import pair_keys
 from lightning_modules.pictures import box, document, text
 
 if TYPE_CHECKING:  # they import torch, which commands that read a report do not need
@@ -96,7 +97,7 @@ def reports_of(mined: Mapping[str, Mined], step: int, previous: Any = None) -> d
 
 def _pairs(starts: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Return the distinct (query, value) pairs, each as one number."""
-    return np.unique(pair_keys(query_of_values(Ragged(starts, values)), values))
+    return np.unique(pair_keys(Ragged(starts, values).owners, values))
 
 
 def check_false_negatives(reports: Mapping[str, Mapping[str, float]], stop_at: float | None) -> None:

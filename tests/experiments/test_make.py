@@ -73,7 +73,6 @@ USED_BY = {
         "ARGS": "train",
         "FREE": "train",
         "PARTITION": "slurm",
-        "PYTHON": "slurm",
     },
     **{"TESTS": "test", "OVERRIDES": "train", "TRAINING": "train", "PY": "train", "STAMP": "train", "TARGETS": "train"},
 }
@@ -106,6 +105,18 @@ def run(project, *words, **environment):
     )
     calls = project / "calls"
     return done, calls.read_text(encoding="utf-8").split("\0")[:-1] if calls.exists() else []
+
+
+@pytest.mark.slow
+def test_every_target_runs_the_command_of_its_name(project):
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    plain, of_experiments = (re.search(rf"override {name} := (.*)", text)[1] for name in ("PLAIN", "OF_EXPERIMENTS"))
+    for target in [*plain.split(), *of_experiments.split()]:
+        module = {"eval": "evaluate"}.get(target, target.replace("-", "_"))
+        assert (ROOT / "experiments" / f"{module}.py").is_file()
+        before = ["moe", "scale=sample"] if target in of_experiments.split() else []
+        done, arguments = run(project, target, "output=x y")
+        assert arguments == ["-m", f"experiments.{module}", *before, "output=x y"], done.stderr
 
 
 def variables() -> set[str]:

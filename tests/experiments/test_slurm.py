@@ -146,13 +146,18 @@ def write_cluster(tmp_path, monkeypatch):
     return write
 
 
-LINES = ("export PATH=${HOME}/bin:$PATH", r"echo \${HOME} ${A:+:$A}")
+LINES = ("export PATH=${HOME}/bin:$PATH", "echo ${HOME} ${A:+:$A}")
 
 
-@pytest.mark.parametrize("setup", [json.dumps(LINES), json.dumps("\n".join(LINES))], ids=["list", "text"])
-def test_variables_of_the_shell_in_cluster_yaml_stay(write_cluster, setup):
-    write_cluster(f"setup: {setup}\nlaunch: apptainer exec ${{IMAGES}}/x.sif\n")
+@pytest.mark.parametrize("escape", ["", "\\"])  # they had to be escaped
+@pytest.mark.parametrize("setup", [LINES, "\n".join(LINES)], ids=["list", "text"])
+def test_variables_of_the_shell_in_cluster_yaml_stay(write_cluster, setup, escape, monkeypatch):
+    monkeypatch.setenv("PROJECT", "physics")
+    content = {"setup": setup, "launch": "apptainer exec ${IMAGES}/x.sif"}
+    text = json.dumps(content | {"account": "${oc.env:PROJECT}"})
+    write_cluster(text.replace("${", json.dumps(escape)[1:-1] + "${").replace(r"\\${oc", "${oc"))
     text = slurm(["moe", "TIME=60"]).read_text()
+    assert "#SBATCH --account=physics" in text
     assert "\n".join(("", *LINES, "")) in text
     assert " apptainer exec ${IMAGES}/x.sif " in text
 
@@ -194,7 +199,7 @@ def test_values_cannot_add_options_to_the_script(key):
             slurm(["vanilla", "TIME=60", "GPUS=0", f"{key}={value}"])
 
 
-@pytest.mark.parametrize("key", ["LAUNCH", "PYTHON", "EXPS", "SEEDS", "SUBMIT", "SWEEP", "TIME"])
+@pytest.mark.parametrize("key", ["LAUNCH", "JOB_PYTHON", "EXPS", "SEEDS", "SUBMIT", "SWEEP", "TIME"])
 def test_line_breaks_are_refused_in_every_option(key):
     with pytest.raises(UserError, match=f"^{key}: "):
         slurm(["vanilla", "TIME=60", "GPUS=0", f"{key}=a\ntouch x"])

@@ -123,11 +123,15 @@ def test_only_parameters_that_serve_the_task_count_as_trained(make, make_backbon
     """An added task trains its own expert or adapter, and not the first one. The other tasks train nothing."""
     lengths = [LENGTH] * TEXTS
     new = AdapterEncoder(*make_backbone(), TASKS, max_length=32)
-    for kind, expected in (("adapters", training_flops(new, lengths, "search")), ("moe", None)):
+    for kind in ("adapters", "moe"):
         encoder = make(kind)
         add_tasks(encoder, {"new": "new"}, {"new": "search"})
-        assert expected in (None, training_flops(encoder, lengths, "new"))
         assert training_flops(encoder, lengths, "search") == forward_flops(encoder, lengths)
+        trained = training_flops(encoder, lengths, "new")
+        if kind == "adapters":
+            assert trained == training_flops(new, lengths, "search")
+        else:
+            assert trained > 1.5 * forward_flops(encoder, lengths)
 
 
 def test_texts_of_different_lengths_add_up(make):
