@@ -20,12 +20,10 @@ from lightning_modules.distributed.signals import leave_if_asked
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import active_precision, computing_in
-from lightning_modules.retrieval.evaluation import Stage, StageAdvance, evaluate, evaluate_bm25
+from lightning_modules.retrieval.evaluation import STAGES, Stage, StageAdvance, evaluate, evaluate_bm25
 from lightning_modules.throughput import computing_dtype, encoder_ceiling
 
 log = logging.getLogger(__name__)
-
-STAGES = {"encode": ("encodes", "texts"), "rank": ("ranks", "pairs"), "learn": ("learns", "draws")}
 
 
 def evaluate_system(

@@ -17,23 +17,21 @@ from rich.progress import Progress as Bar
 
 from experiments.shared.console import table_console
 from experiments.shared.plain import plain
+from lightning_modules.progress_lines import ProgressLines
 
 log = logging.getLogger(__name__)
 
-EVERY = 30  # seconds between two log lines
 
-
-class Progress:
+class Progress(ProgressLines):
     """Show the progress of a step, used as `with Progress("embedding", "texts", total) as progress:`.
 
     title: name of the step. unit: what is counted, in the plural; "bytes" are shown as MB. total: expected count, if
-    known. brief: log nothing about a step of less than EVERY seconds. Only the first rank shows a bar.
+    known. brief: log nothing about a step of less than 30 seconds. Only the first rank shows a bar.
     """
 
     def __init__(self, title: str, unit: str = "bytes", total: int | None = None, brief: bool = False):
-        self.title, self.unit, self.total, self.brief = title, unit, total, brief
-        self.started = self.logged = time.monotonic()
-        self.done = 0
+        super().__init__(title, unit, total)
+        self.brief = brief
         self.bar: Bar | None = None
         if (console := table_console()).is_terminal and log.isEnabledFor(logging.INFO):
             amounts = (DownloadColumn(), TransferSpeedColumn()) if unit == "bytes" else (MofNCompleteColumn(),)
@@ -54,30 +52,18 @@ class Progress:
         if error[0] is None and not (self.brief and self.logged == self.started):
             log.info("%s: %.0f s", self.title, time.monotonic() - self.started)
 
-    def advance(self, count: int) -> None:
-        self.done += count
-        self.report(self.done, self.total)
-
     def report(self, done: int, total: int | None) -> None:
         if self.bar:
             self.bar.update(self.task, completed=done, total=total)
         elif self.unit == "bytes":
             of_total = f" of {total / 1e6:,.0f}" if total else ""
-            self._log_sometimes(f"{done / 1e6:,.0f}{of_total} MB")
+            self.log_sometimes(f"{done / 1e6:,.0f}{of_total} MB")
         else:
-            rate = done / (time.monotonic() - self.started)
-            remaining = f", {(total - done) / rate / 60:,.0f} min left" if total and rate else ""
-            of_total = f" of {total:,}" if total else ""
-            self._log_sometimes(f"{done:,}{of_total} {self.unit}, {rate:,.1f}/s{remaining}")
+            super().report(done, total)
 
     def say(self, activity: str) -> None:
         """Show the current activity, such as the file being unpacked."""
         if self.bar:
             self.bar.update(self.task, description=plain(f"{self.title}: {activity}"))
         else:
-            self._log_sometimes(activity)
-
-    def _log_sometimes(self, text: str) -> None:
-        if time.monotonic() - self.logged >= EVERY:
-            self.logged = time.monotonic()
-            log.info("%s: %s", self.title, text)
+            self.log_sometimes(activity)

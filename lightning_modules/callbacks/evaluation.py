@@ -19,7 +19,7 @@ from lightning_modules.distributed.collectives import on_any_rank, world_size
 from lightning_modules.distributed.sharding import replica
 from lightning_modules.distributed.signals import Preempted, leave_if_asked, noted
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.retrieval.evaluation import evaluate
+from lightning_modules.retrieval.evaluation import Stage, StageAdvance, evaluate, stage_lines
 
 log = logging.getLogger(__name__)
 
@@ -139,12 +139,24 @@ class Evaluation(L.Callback):
                     similarity=module.objective.options.similarity,
                     token_budget=self.token_budget,
                     document_vectors=module.document_vectors,
-                    advance=leave_if_asked if may_leave and world_size() == 1 else None,
+                    advance=self._advance(benchmark.name, may_leave and world_size() == 1),
                 )
                 values |= {f"val/{benchmark.name}/{name}": value for name, value in result.metrics.items()}
         first = self.metrics[0]
         mean = sum(values[f"val/{benchmark.name}/{first}"] for benchmark in self.benchmarks) / len(self.benchmarks)
         return values | {f"val/mean/{first}": mean}
+
+    @staticmethod
+    def _advance(name: str, may_leave: bool) -> StageAdvance:
+        """Return a function that logs the progress on a benchmark, and may raise Preempted."""
+        log_progress = stage_lines(name)
+
+        def advance(stage: Stage, count: int, total: int) -> None:
+            log_progress(stage, count, total)
+            if may_leave:
+                leave_if_asked()
+
+        return advance
 
     def _report(self, trainer: L.Trainer, values: dict[str, float], step: int) -> None:
         """Log the values, and save the checkpoint if it is the best one so far."""

@@ -37,6 +37,7 @@ from lightning_modules.encoders.backbone import check_family, check_size, instal
 from lightning_modules.mining.filters import text_hashes
 from lightning_modules.mining.relabel import Judge, JudgeContext, Pairs
 from lightning_modules.optim import schedule
+from lightning_modules.progress_lines import ProgressLines
 
 log = logging.getLogger(__name__)
 
@@ -161,6 +162,7 @@ class CrossEncoderJudge(Judge):
         model.train()
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
             torch.manual_seed(self.seed + fold)  # of dropout
+            progress = ProgressLines(f"training the judge of fold {fold + 1}/{self.folds}", "steps", self.steps)
             for _ in range(self.steps):
                 batch = np.concatenate([rng.choice(group, half) for group in groups])
                 loss = F.binary_cross_entropy_with_logits(self._logits(model, tokenizer, table, batch), targets)
@@ -169,6 +171,7 @@ class CrossEncoderJudge(Judge):
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 scheduler.step()
+                progress.advance(1)
 
     @torch.inference_mode()
     def _predict(
@@ -176,9 +179,11 @@ class CrossEncoderJudge(Judge):
     ) -> np.ndarray:
         """Return the probabilities of some pairs, (n,). Pairs of similar length are computed together."""
         scores, order = np.empty(len(rows)), np.argsort([len(a) + len(b) for a, b in table.texts(rows)])
+        progress = ProgressLines("judging", "pairs", len(rows))
         for first in range(0, len(rows), 4 * self.batch_size):
             part = order[first : first + 4 * self.batch_size]
             scores[part] = self._logits(model, tokenizer, table, rows[part]).sigmoid().cpu().numpy()
+            progress.advance(len(part))
         return scores
 
     def _logits(

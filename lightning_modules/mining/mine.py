@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -29,6 +29,7 @@ from lightning_modules.mining.mined import Mined, joined, joined_pools
 from lightning_modules.mining.miners import DenseMiner, Miner, MiningContext
 from lightning_modules.mining.mining_options import MiningOptions
 from lightning_modules.mining.relabel import Judge, JudgeContext, relabel
+from lightning_modules.progress_lines import ProgressLines
 from lightning_modules.retrieval.compute import describe_device
 from lightning_modules.retrieval.search import Shards, pair_scores, row_scores
 from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_pool
@@ -95,8 +96,14 @@ def mine(
         prepared["texts"] = text_numbers(pool.corpus, pool.queries)
     block_miner = _BlockMiner(pool, miner, options, context, vectors_of_pool(guide, pool) if guide else None, seeds)
     blocks = [range(first, min(first + BLOCK, len(pool.queries))) for first in range(0, len(pool.queries), BLOCK)]
-    mined = together(lambda: [(block.start, block_miner.mine(block)) for block in blocks[rank() :: world_size()]])
-    by_start = dict(chain.from_iterable(gather_objects(mined)))
+    progress = ProgressLines(f"mining {pool.name}", "queries", len(pool.queries) // world_size())
+
+    def mine_share() -> Iterator[tuple[int, Mined]]:
+        for block in blocks[rank() :: world_size()]:
+            yield block.start, block_miner.mine(block)
+            progress.advance(len(block))
+
+    by_start = dict(chain.from_iterable(gather_objects(together(lambda: list(mine_share())))))
     return joined([by_start[block.start] for block in blocks])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ import numpy as np
 from datamodules.records import SIMILARITIES, Benchmark, UserError, check_choice
 from lightning_modules.distributed.collectives import gather_objects, rank, world_size
 from lightning_modules.encoders.base import Encoder
+from lightning_modules.progress_lines import ProgressLines
 from lightning_modules.retrieval import trec
 from lightning_modules.retrieval.metrics import (
     CLASS_METRICS,
@@ -42,6 +43,11 @@ JUDGE_BLOCK = 2**22  # ranked documents judged at a time
 
 Stage = Literal["encode", "rank", "learn"]
 StageAdvance = Callable[[Stage, int, int], None]
+STAGES: Mapping[Stage, tuple[str, str]] = {  # stage -> verb, and what it counts
+    "encode": ("encodes", "texts"),
+    "rank": ("ranks", "pairs"),
+    "learn": ("learns", "draws"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +142,7 @@ def evaluate(
     default `vectors`. Probes do not use it.
     k: number of documents to rank per query, by default the deepest cut-off of the metrics.
     advance: called with the stage, the number of steps since the last call, and the total. A step is a text to encode,
-    a query-document pair to rank, or a draw of training papers to learn from.
+    a query-document pair to rank, or a draw of training papers to learn from. By default, the progress is logged.
 
     Raises UserError for vectors that are not finite, unknown metrics, or a benchmark without relevant documents.
     """
@@ -145,7 +151,7 @@ def evaluate(
     similarity = benchmark.similarity or similarity or encoder.similarity or "dot"
     check_choice("similarity", similarity, SIMILARITIES)
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
-    advance = advance or (lambda *_: None)
+    advance = advance or stage_lines(benchmark.name)
     k = k or ranking_depth(metrics, benchmark)
     if benchmark.training is not None:
         similarity = "svr" if benchmark.probe.learns == "number" else "svm"
@@ -240,6 +246,19 @@ def _rank(
     for run in probe_runs(benchmark, query_ids, queries, documents.gather(np.arange(documents.count))):
         yield run
         step(1)
+
+
+def stage_lines(name: str) -> StageAdvance:
+    """Return an `advance` of evaluate() that logs the progress of each stage on a benchmark."""
+    lines: dict[Stage, ProgressLines] = {}
+
+    def advance(stage: Stage, count: int, total: int) -> None:
+        if stage not in lines:
+            verb, unit = STAGES[stage]
+            lines[stage] = ProgressLines(f"evaluation {verb} {name}", unit, total)
+        lines[stage].advance(count)
+
+    return advance
 
 
 def _counter(advance: StageAdvance, stage: Stage, total: int) -> Callable[[int], None]:

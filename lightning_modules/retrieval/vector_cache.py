@@ -28,6 +28,7 @@ from lightning_modules.distributed.collectives import gather_rows, rank, togethe
 from lightning_modules.distributed.signals import leave_if_asked
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.losses import comparable
+from lightning_modules.progress_lines import ProgressLines
 from lightning_modules.retrieval.compute import active_precision
 from lightning_modules.retrieval.search import Advance, Shards, check_finite
 
@@ -84,10 +85,11 @@ class VectorCache:
         """Return the vectors (n, D) of all texts. All ranks call this together.
 
         task: task to encode the texts for.
-        name: description of the texts, for error messages.
-        advance: callback for the number of texts in each encoded batch.
+        name: description of the texts, for messages.
+        advance: callback for the number of texts in each encoded batch; by default the progress is logged.
         Raises UserError for vectors that are not finite.
         """
+        advance = advance or ProgressLines(f"encoding {name}", "texts", len(texts) // world_size()).advance
         if folder := self.folder:
             return self._from_disk(folder, texts, task, name, advance)
         key = text_hash(texts, task, active_precision(self.encoder.device)), encoder_state(self.encoder)
