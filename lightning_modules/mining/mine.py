@@ -70,16 +70,7 @@ def mine(
     """
     miner, options = miner or DenseMiner(), options or MiningOptions()
     prepared = {} if prepared is None else prepared
-    for name, texts in (("documents", pool.corpus), ("queries", pool.queries)):
-        if not len(texts):
-            raise UserError(f"{pool.name}: nothing to mine, because it has no {name}")
-    if options.first_rank >= len(pool.corpus):
-        raise UserError(
-            f"first_rank: expected a rank below the number of documents of {pool.name}, {len(pool.corpus)}, got "
-            f"{options.first_rank}"
-        )
-    if options.k > len(pool.corpus):
-        log.warning("%s has %d documents, fewer than k, so all are candidates", pool.name, len(pool.corpus))
+    _check_pool(pool, options)
     context = MiningContext(pools=pools, memory=options.memory_mb << 20, backend=options.backend, prepared=prepared)
     if miner.needs_vectors or options.has_margin:
         if encoder is None:
@@ -105,6 +96,20 @@ def mine(
 
     by_start = dict(chain.from_iterable(gather_objects(together(lambda: list(mine_share())))))
     return joined([by_start[block.start] for block in blocks])
+
+
+def _check_pool(pool: MiningPool, options: MiningOptions) -> None:
+    """Raise UserError if nothing can be mined from a pool. Warn if all of its documents are candidates."""
+    for name, texts in (("documents", pool.corpus), ("queries", pool.queries)):
+        if not len(texts):
+            raise UserError(f"{pool.name}: nothing to mine, because it has no {name}")
+    if options.first_rank >= len(pool.corpus):
+        raise UserError(
+            f"first_rank: expected a rank below the number of documents of {pool.name}, {len(pool.corpus)}, got "
+            f"{options.first_rank}"
+        )
+    if options.k > len(pool.corpus):
+        log.warning("%s has %d documents, fewer than k, so all are candidates", pool.name, len(pool.corpus))
 
 
 class Mining:
