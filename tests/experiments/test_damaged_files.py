@@ -179,7 +179,10 @@ def test_mining_again_replaces_a_damaged_store(run, tmp_path, caplog):
     mine.main(arguments)
     good = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
     for name in ("meta.json", "search.documents.npy"):
-        for content in damaged(good[name]):
+        contents = damaged(good[name])
+        if name == "meta.json":
+            del contents[3]  # with a bit flipped, it may be that of other settings, which mining refuses to replace
+        for content in contents:
             (tmp_path / "store" / name).write_bytes(content)
             mine.main(arguments)
             assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()} == good
