@@ -22,6 +22,7 @@ from datamodules.store import BATCH_ROWS, FIELDS, StoredCollection, StoredDocume
 log = logging.getLogger(__name__)
 
 VERSION = 5  # version of the store's layout; collections with another version are converted again
+PATHS = ("folder", "source", "judgements", "train", "dev", "test")  # arguments of readers that may be relative
 LOG_INTERVAL = 10.0  # seconds between two lines of progress
 
 
@@ -48,7 +49,8 @@ class StreamingReader(FileReader, Protocol):
 def describe(reader: FileReader) -> str:
     """Describe a reader by its class and settings, without the quarantine file. The cache's key contains it."""
     settings = {name: value for name, value in vars(reader).items() if name != "quarantine" and name[0] != "_"}
-    shown = ", ".join(f"{name}={_absolute(value)!r}" for name, value in sorted(settings.items()))
+    paths = {name: Path(value) for name, value in settings.items() if name in PATHS and isinstance(value, str)}
+    shown = ", ".join(f"{name}={_absolute(value)!r}" for name, value in sorted((settings | paths).items()))
     return f"{type(reader).__module__}.{type(reader).__qualname__}({shown})"
 
 

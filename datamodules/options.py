@@ -23,7 +23,7 @@ def option(
     above: float | None = None,
     maximum: float | None = None,
     below: float | None = None,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str | int, ...] = (),
     key: str = "",
     positional: bool = False,
 ) -> Any:

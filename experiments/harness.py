@@ -207,7 +207,9 @@ def _write_pmc_patients(job: Job) -> list[Path]:
     for name in job.chosen(PmcPatientsReader.TASKS):
         if not options.only and not (options.data / name).is_dir():
             continue
-        reader = PmcPatientsReader(str(options.data), name, options.on_error, str(job.output / "quarantine.jsonl"))
+        reader = PmcPatientsReader(
+            str(options.data), name, on_error=options.on_error, quarantine=str(job.output / "quarantine.jsonl")
+        )
         collection = reader.read()
         check_choice("split", options.split, list(collection.qrels))
         queries, qrels = collection.judged(options.split)

@@ -6,21 +6,23 @@ import functools
 import gzip
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from datamodules.readers.checks import SPLITS, check_grade
-from datamodules.readers.collecting import Judgements, read_into_memory, stream_collection
-from datamodules.readers.io import check_folder, find_file, find_split_files, read_lines, warn_of_unread_files
+from datamodules.readers.collecting import FolderReader, Judgements, SinkReader, stream_collection
+from datamodules.readers.io import check_folder, find_split_files, read_lines, warn_of_unread_files
 from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_choice, check_name, short
+from datamodules.records import Collection, Document, Qrels, Sink, UserError, check_name, short
 
 TAB_OR_BREAK = re.compile(r"[\t\n\r]")
 NUMBER = r"[+-]?[0-9.]+"
 
 
-class BeirReader:
+@dataclass
+class BeirReader(FolderReader, SinkReader):
     """Reader of a folder in BEIR layout.
 
         folder/corpus.jsonl    {"_id": ..., "title": ..., "text": ...} per line
@@ -29,48 +31,35 @@ class BeirReader:
 
     Every file may be compressed as .gz or .zst. "abstract" is read where "text" is missing or blank. The dev split may
     also be named validation, valid or val; a warning names other files in qrels/.
-
-    on_error, quarantine: see BadLines.
     """
-
-    def __init__(self, folder: str, on_error: str = "fail", quarantine: str | None = None):
-        self.folder = Path(folder)
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
-
-    def read(self) -> Collection:
-        """Read and check the whole folder. Raises UserError with file, line and reason."""
-        return read_into_memory(self.stream)
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
-        check_folder(self.folder, "corpus.jsonl, queries.jsonl and qrels/")
-        files = [find_file(self.folder, "corpus.jsonl"), find_file(self.folder, "queries.jsonl")]
-        if not (splits := find_split_files(self.folder, "qrels/SPLIT.tsv")):
+        check_folder(self.root, "corpus.jsonl, queries.jsonl and qrels/")
+        files = [self.find("corpus.jsonl"), self.find("queries.jsonl")]
+        if not (splits := find_split_files(self.root, "qrels/SPLIT.tsv")):
             names = ", ".join(f"{split}.tsv" for split in SPLITS)
-            raise UserError(f"{self.folder / 'qrels'}: contains none of {names} (plain, .gz or .zst)")
+            raise UserError(f"{self.root / 'qrels'}: contains none of {names} (plain, .gz or .zst)")
         return [*files, *splits.values()]
 
-    def stream(self, sink: Sink) -> None:
-        """Write the folder to a sink without holding it in memory. Raises UserError as `read` does."""
+    def write(self, sink: Sink, bad: BadLines) -> None:
         self.sources()
-        sink.keep_first = self.on_error == "skip"
-        with BadLines(self.on_error, self.quarantine) as bad:
-            for name, add in (("corpus.jsonl", sink.add_document), ("queries.jsonl", sink.add_query)):
-                may_be_blank = name == "corpus.jsonl"
-                path, empty = find_file(self.folder, name), True
-                for row in read_lines(path, bad):
-                    with row:
-                        add(_document(as_object(row, " with _id, title and text"), may_be_blank))
-                        empty = False
-                if empty:
-                    raise UserError(f"{path}: contains no documents")
-            splits = find_split_files(self.folder, "qrels/SPLIT.tsv")
-            warn_of_unread_files(self.folder / "qrels", "*.tsv*", splits.values())
-            for split, path in splits.items():
-                target = functools.partial(sink.add_judgement, split)
-                read_qrels(Judgements(path, sink.queries, sink.documents, bad, "queries.jsonl", target))
-                if not sink.has(split):
-                    raise UserError(f"{path}: the split is empty (no judgements below the header)")
+        for name, add in (("corpus.jsonl", sink.add_document), ("queries.jsonl", sink.add_query)):
+            may_be_blank = name == "corpus.jsonl"
+            path, empty = self.find(name), True
+            for row in read_lines(path, bad):
+                with row:
+                    add(_document(as_object(row, " with _id, title and text"), may_be_blank))
+                    empty = False
+            if empty:
+                raise UserError(f"{path}: contains no documents")
+        splits = find_split_files(self.root, "qrels/SPLIT.tsv")
+        warn_of_unread_files(self.root / "qrels", "*.tsv*", splits.values())
+        for split, path in splits.items():
+            target = functools.partial(sink.add_judgement, split)
+            read_qrels(Judgements(path, sink.queries, sink.documents, bad, "queries.jsonl", target))
+            if not sink.has(split):
+                raise UserError(f"{path}: the split is empty (no judgements below the header)")
 
 
 def _document(record: Record, may_be_blank: bool) -> Document:

@@ -1,15 +1,75 @@
-"""Collect documents and judgements, and check them. All functions raise UserError."""
+"""Base classes of readers, and functions that collect documents and judgements and check them (UserError)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.readers.rows import BadLines
+from datamodules.options import check_options, option
+from datamodules.readers.io import find_file
+from datamodules.readers.json_files import as_object
+from datamodules.readers.rows import BadLines, Row
 from datamodules.records import Collection, CollectionWriter, Document, Qrels, Sink, UserError, check_name
 
 JudgementTarget = Callable[[str, str, int], None]  # receives query id, document id and grade
+
+
+@dataclass(kw_only=True)
+class LineReader(ABC):
+    """Base class of readers of files that may have bad lines. The fields of a reader are its arguments."""
+
+    on_error: str = option("fail", "policy for bad lines: fail, or skip them (see BadLines)", choices=BadLines.POLICIES)
+    quarantine: str | None = option(None, "file for skipped lines (see BadLines)")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def read(self) -> Collection:
+        """Read and check all data. Raises UserError with file, line and reason."""
+        with BadLines(self.on_error, self.quarantine) as bad:
+            return self.collect(bad)
+
+    @abstractmethod
+    def collect(self, bad: BadLines) -> Collection:
+        """Read and check all data, under a policy for bad lines."""
+
+
+@dataclass
+class FolderReader(LineReader):
+    """Base class of readers of one folder, whose files may be compressed as .gz or .zst."""
+
+    folder: str
+
+    @property
+    def root(self) -> Path:
+        """The folder."""
+        return Path(self.folder)
+
+    def find(self, *names: str) -> Path:
+        """Return the path of the first of the names that exists. Raises UserError if none of them does."""
+        return find_file(self.root, *names)
+
+
+class SinkReader(LineReader):
+    """Base class of readers that never hold all of their data in memory."""
+
+    @abstractmethod
+    def write(self, sink: Sink, bad: BadLines) -> None:
+        """Write the data to a sink, under a policy for bad lines."""
+
+    def stream(self, sink: Sink) -> None:
+        """Write the data to a sink. Raises UserError as `read` does."""
+        sink.keep_first = self.on_error == "skip"
+        with BadLines(self.on_error, self.quarantine) as bad:
+            self.write(sink, bad)
+
+    def collect(self, bad: BadLines) -> Collection:
+        sink = MemorySink()
+        self.write(sink, bad)
+        return Collection(sink.documents, sink.queries, sink.qrels)
 
 
 def add_id(values: dict[str, Any], id: str, value: Any) -> None:
@@ -22,6 +82,13 @@ def add_id(values: dict[str, Any], id: str, value: Any) -> None:
 def add_document(documents: dict[str, Document], document: Document) -> None:
     """Add a document whose id may occur only once."""
     add_id(documents, document.id, document)
+
+
+def add_documents(documents: dict[str, Document], rows: Iterable[Row], *id_keys: str, **keywords: Any) -> None:
+    """Add the document of each row. id_keys, keywords: arguments of Record.document."""
+    for row in rows:
+        with row:
+            add_document(documents, as_object(row).document(*id_keys, **keywords))
 
 
 def add_repeated(documents: dict[str, Document], new: Sequence[Document]) -> None:
@@ -125,13 +192,6 @@ class MemorySink:
 
     def has(self, split: str) -> bool:
         return split in self.qrels
-
-
-def read_into_memory(stream: Callable[[Sink], None]) -> Collection:
-    """Return everything that a reader streams as a collection."""
-    sink = MemorySink()
-    stream(sink)
-    return Collection(sink.documents, sink.queries, sink.qrels)
 
 
 def stream_collection(collection: Collection, sink: CollectionWriter) -> None:

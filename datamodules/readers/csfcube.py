@@ -7,46 +7,38 @@ NeurIPS 2021 (iesl/CSFCube).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.options import REQUIRED, option
 from datamodules.readers.checks import check_grade, check_id
-from datamodules.readers.collecting import add_document, check_collection, check_known
-from datamodules.readers.io import find_file
+from datamodules.readers.collecting import FolderReader, add_document, check_collection, check_known
 from datamodules.readers.json_files import as_object, read_records, read_whole_json
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Collection, Document, Qrels, UserError, check_choice, prefixed
+from datamodules.records import Collection, Document, Qrels, UserError, prefixed
 
 
-class CsfCubeReader:
+@dataclass
+class CsfCubeReader(FolderReader):
     """Reader of the CSFCube release. All of it is the test split, and each query has its own candidates.
 
     folder/abstracts-csfcube-preds.jsonl           {"paper_id", "title", "abstract": [sentence]} per line
     folder/test-pid2anns-csfcube-background.json   {query: {"cands": [paper], "relevance_adju": [grade from 0 to 3]}}
-
-    facet: "background", "method" or "result".
-    on_error, quarantine: see BadLines.
     """
 
-    FACETS = ("background", "method", "result")
-
-    def __init__(self, folder: str, facet: str, on_error: str = "fail", quarantine: str | None = None):
-        self.folder, self.facet = Path(folder), check_choice("facet", facet, self.FACETS)
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
+    facet: str = option(REQUIRED, "facet in which papers are similar", choices=("background", "method", "result"))
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
-        names = ("abstracts-csfcube-preds.jsonl", f"test-pid2anns-csfcube-{self.facet}.json")
-        return [find_file(self.folder, name) for name in names]
+        return list(map(self.find, ("abstracts-csfcube-preds.jsonl", f"test-pid2anns-csfcube-{self.facet}.json")))
 
-    def read(self) -> Collection:
-        """Read and check the folder. Raises UserError with file, line and reason."""
+    def collect(self, bad: BadLines) -> Collection:
         papers_path, judgements_path = self.sources()
         papers: dict[str, Document] = {}
-        with BadLines(self.on_error, self.quarantine) as bad:
-            for row in read_records(papers_path, bad):
-                with row:
-                    add_document(papers, _read_paper(as_object(row)))
-            qrels = _read_judgements(judgements_path, papers, bad)
+        for row in read_records(papers_path, bad):
+            with row:
+                add_document(papers, _read_paper(as_object(row)))
+        qrels = _read_judgements(judgements_path, papers, bad)
         return check_collection(Collection(papers, {id: papers[id] for id in qrels}, {"test": qrels}), self.folder)
 
 

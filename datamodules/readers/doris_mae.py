@@ -11,12 +11,12 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.options import REQUIRED, option
 from datamodules.readers.checks import check_id
-from datamodules.readers.collecting import check_collection
-from datamodules.readers.io import find_file
+from datamodules.readers.collecting import FolderReader, check_collection
 from datamodules.readers.json_files import as_object, read_members
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Collection, Document, UserError, check_choice
+from datamodules.records import Collection, Document, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ class _Question:
     aspects: set[str]
 
 
-class DorisMaeReader:
+@dataclass
+class DorisMaeReader(FolderReader):
     """Reader of the DORIS-MAE release. All of it is the test split.
 
     folder/DORIS-MAE_dataset_v1.json   one object with
@@ -38,28 +39,23 @@ class DorisMaeReader:
 
     The text of a paper is its abstract alone, as in the authors' experiments. The corpus has only papers that are
     candidates of a query.
-
-    view: how to grade a candidate by its scores in all aspects of the query. "relevant": 1 if their mean is at least 1.
-        "sum": their sum. "best": 1 for the candidates with the largest sum.
-    on_error, quarantine: see BadLines.
     """
 
-    VIEWS = ("relevant", "sum", "best")
-
-    def __init__(self, folder: str, view: str, on_error: str = "fail", quarantine: str | None = None):
-        self.folder, self.view = Path(folder), check_choice("view", view, self.VIEWS)
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
+    view: str = option(
+        REQUIRED,
+        "grade of a candidate, by its scores in all aspects of the query. relevant: 1 if their mean is at least 1. "
+        "sum: their sum. best: 1 for the candidates with the largest sum",
+        choices=("relevant", "sum", "best"),
+    )
 
     def sources(self) -> list[Path]:
         """Return the file to read."""
-        return [find_file(self.folder, "DORIS-MAE_dataset_v1.json")]
+        return [self.find("DORIS-MAE_dataset_v1.json")]
 
-    def read(self) -> Collection:
-        """Read and check the file, in two passes. Raises UserError with file, line and reason."""
+    def collect(self, bad: BadLines) -> Collection:
         (path,) = self.sources()
-        with BadLines(self.on_error, self.quarantine) as bad:
-            questions, scores = _read_questions(path, bad)
-            corpus = _read_papers(path, bad, {id for question in questions for id in question.candidates})
+        questions, scores = _read_questions(path, bad)
+        corpus = _read_papers(path, bad, {id for question in questions for id in question.candidates})
         qrels = {}
         for question in questions:
             bad.gaps.add_judgements(path, question.candidates, corpus)

@@ -6,14 +6,16 @@ Source: Karpukhin et al., Dense Passage Retrieval, 2020; the README of facebookr
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.options import option
 from datamodules.readers.checks import SPLITS, content_id
-from datamodules.readers.collecting import add_repeated, check_collection
+from datamodules.readers.collecting import LineReader, add_repeated, check_collection
 from datamodules.readers.io import find_path
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Collection, Document, UserError, check_choice, check_choices, prefixed, short
+from datamodules.records import Collection, Document, UserError, prefixed, short
 from datamodules.text import text_key
 
 log = logging.getLogger(__name__)
@@ -22,7 +24,8 @@ POSITIVES = "positive_ctxs"
 NEGATIVES = ("hard_negative_ctxs", "negative_ctxs")
 
 
-class DprReader:
+@dataclass
+class DprReader(LineReader):
     """Reader of files such as biencoder-nq-train.json, one for each split. At least one split is needed.
 
     An entry is {"question": ..., "answers": [...], "positive_ctxs": [...], "negative_ctxs": [...],
@@ -31,47 +34,44 @@ class DprReader:
 
     The corpus has all passages of all files. Questions without a positive are left out, as in DPR, and a warning counts
     them. Files may be compressed as .gz or .zst, and may be JSON lines. No file is held in memory.
-
-    train, dev, test: file of the split.
-    negatives: lists whose passages get grade 0, and so become hard negatives in training: "hard_negative_ctxs",
-        "negative_ctxs", or by default both. A passage that is also a positive is not a negative.
-    on_error, quarantine: see BadLines.
     """
 
-    def __init__(
-        self,
-        train: str | None = None,
-        dev: str | None = None,
-        test: str | None = None,
-        negatives: list[str] | None = None,
-        on_error: str = "fail",
-        quarantine: str | None = None,
-    ):
-        self.files = {split: Path(file) for split, file in zip(SPLITS, (train, dev, test), strict=True) if file}
-        if not self.files:
+    train: str | None = option(None, "file of the train split")
+    dev: str | None = option(None, "file of the dev split")
+    test: str | None = option(None, "file of the test split")
+    negatives: list[str] | None = option(
+        None,
+        "lists whose passages get grade 0, and so become hard negatives in training; by default both. A passage that "
+        "is also a positive is not a negative",
+        choices=NEGATIVES,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self._files():
             raise UserError("DprReader: expected a file for at least one of train, dev and test")
-        self.negatives = NEGATIVES if negatives is None else check_choices("negatives", negatives, NEGATIVES)
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
+
+    def _files(self) -> dict[str, str]:
+        return {split: file for split in SPLITS if (file := getattr(self, split))}
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
-        return [find_path(path) for path in self.files.values()]
+        return [find_path(Path(file)) for file in self._files().values()]
 
-    def read(self) -> Collection:
-        """Read and check all files. Raises UserError with file, entry and reason."""
+    def collect(self, bad: BadLines) -> Collection:
         corpus: dict[str, Document] = {}
         queries: dict[str, Document] = {}
-        with BadLines(self.on_error, self.quarantine) as bad:
-            qrels = {split: self._read_split(split, corpus, queries, bad) for split in self.files}
-        return check_collection(Collection(corpus, queries, qrels), ", ".join(map(str, self.files.values())))
+        files = zip(self._files(), self.sources(), strict=True)
+        qrels = {split: self._read_split(split, path, corpus, queries, bad) for split, path in files}
+        return check_collection(Collection(corpus, queries, qrels), ", ".join(self._files().values()))
 
     def _read_split(
-        self, split: str, corpus: dict[str, Document], queries: dict[str, Document], bad: BadLines
+        self, split: str, path: Path, corpus: dict[str, Document], queries: dict[str, Document], bad: BadLines
     ) -> dict[str, dict[str, int]]:
         """Add the passages and questions of a split, and return its judgements."""
-        path, left_out = self.files[split], 0
         qrels: dict[str, dict[str, int]] = {}
-        for row in read_records(find_path(path), bad):
+        left_out, negatives = 0, NEGATIVES if self.negatives is None else self.negatives
+        for row in read_records(path, bad):
             with row:
                 record = as_object(row, " with question and positive_ctxs")
                 query = Document(f"{split}.{row.ordinal}", "", record.words("question"))
@@ -80,8 +80,8 @@ class DprReader:
                 if not passages[POSITIVES]:
                     left_out += 1
                     continue
-                negatives = {passage.id: 0 for key in self.negatives for passage in passages[key]}
-                qrels[query.id] = negatives | {passage.id: 1 for passage in passages[POSITIVES]}
+                grades = {passage.id: 0 for key in negatives for passage in passages[key]}
+                qrels[query.id] = grades | {passage.id: 1 for passage in passages[POSITIVES]}
                 queries[query.id] = query
         if left_out:
             log.warning("%s: left out %d questions without a positive passage", path, left_out)

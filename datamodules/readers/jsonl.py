@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.options import option
 from datamodules.readers.checks import SPLITS, check_grade, check_text, split_of
-from datamodules.readers.collecting import check_known, read_into_memory
-from datamodules.readers.io import find_file, find_split_files, warn_of_unread_files
+from datamodules.readers.collecting import FolderReader, SinkReader, check_known
+from datamodules.readers.io import find_split_files, warn_of_unread_files
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.rows import BadLines, Record, Row
-from datamodules.records import Collection, Document, Sink, UserError, check_choice
+from datamodules.records import Document, Sink, UserError
 
 
-class JsonlReader:
+@dataclass
+class JsonlReader(FolderReader, SinkReader):
     """Reader of a folder with a corpus, and for each split a file of queries with their documents.
 
         folder/corpus.jsonl  {"id" or "_id": ..., "title": ..., "text": ...} per line; title or text may be missing
@@ -28,62 +31,44 @@ class JsonlReader:
     and are hard negatives in the train split.
 
     Every file may be compressed as .gz or .zst, and may be one JSON list instead of JSON lines.
-
-    train_until: last year of training. If set, the lines of all files are split by the year of their query, which must
-        be a document of the corpus with a "year". Queries of later years form the test split. Of the others,
-        dev_percent form the dev split, chosen by a hash of their ids.
-    dev_percent: percentage of queries in the dev split, from 0 to 99, used with train_until.
-    on_error, quarantine: see BadLines.
     """
 
-    def __init__(
-        self,
-        folder: str,
-        train_until: int | None = None,
-        dev_percent: int = 5,
-        on_error: str = "fail",
-        quarantine: str | None = None,
-    ):
-        if not 0 <= dev_percent < 100:
-            raise UserError(f"dev_percent: expected a number from 0 to 99, got {dev_percent}")
-        self.folder, self.train_until, self.dev_percent = Path(folder), train_until, dev_percent
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
-
-    def read(self) -> Collection:
-        """Read and check the whole folder. Raises UserError with file, line and reason."""
-        return read_into_memory(self.stream)
+    train_until: int | None = option(
+        None,
+        "last year of training. If set, the lines of all files are split by the year of their query, which must be a "
+        'document of the corpus with a "year". Queries of later years form the test split. Of the others, dev_percent '
+        "form the dev split, chosen by a hash of their ids",
+    )
+    dev_percent: int = option(5, "percentage of queries in the dev split, used with train_until", minimum=0, maximum=99)
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
         return [self._corpus_file(), *self._split_files().values()]
 
     def _corpus_file(self) -> Path:
-        return find_file(self.folder, "corpus.jsonl", "corpus.json")
+        return self.find("corpus.jsonl", "corpus.json")
 
     def _split_files(self) -> dict[str, Path]:
-        if not (files := find_split_files(self.folder, "SPLIT.jsonl", "SPLIT.json")):
+        if not (files := find_split_files(self.root, "SPLIT.jsonl", "SPLIT.json")):
             raise UserError(
                 f"{self.folder}: contains none of train.jsonl, dev.jsonl (or validation, valid, val) and test.jsonl"
             )
         return files
 
-    def stream(self, sink: Sink) -> None:
-        """Write the folder to a sink without holding it in memory. Raises UserError as `read` does."""
-        sink.keep_first = self.on_error == "skip"
-        with BadLines(self.on_error, self.quarantine) as bad:
-            years = self._stream_corpus(sink, bad)
-            splits = self._split_files()
-            warn_of_unread_files(self.folder, "*.json*", [self._corpus_file(), *splits.values()])
-            for split, path in splits.items():
-                for row in read_records(path, bad):
-                    with row:
-                        self._add_example(row, split, sink, years)
-                if self.train_until is None and not sink.has(split):
-                    raise UserError(f"{path}: the {split} split is empty")
-            if not any(sink.has(split) for split in SPLITS):
-                raise UserError(f"{self.folder}: contains no queries")
+    def write(self, sink: Sink, bad: BadLines) -> None:
+        years = self._write_corpus(sink, bad)
+        splits = self._split_files()
+        warn_of_unread_files(self.root, "*.json*", [self._corpus_file(), *splits.values()])
+        for split, path in splits.items():
+            for row in read_records(path, bad):
+                with row:
+                    self._add_example(row, split, sink, years)
+            if self.train_until is None and not sink.has(split):
+                raise UserError(f"{path}: the {split} split is empty")
+        if not any(sink.has(split) for split in SPLITS):
+            raise UserError(f"{self.folder}: contains no queries")
 
-    def _stream_corpus(self, sink: Sink, bad: BadLines) -> dict[str, int]:
+    def _write_corpus(self, sink: Sink, bad: BadLines) -> dict[str, int]:
         """Write the corpus to a sink, and return the years of its documents if train_until is set."""
         years: dict[str, int] = {}
         for row in read_records(self._corpus_file(), bad):

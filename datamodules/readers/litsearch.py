@@ -6,37 +6,33 @@ Source: Ajith et al., LitSearch: A Retrieval Benchmark for Scientific Literature
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from datamodules.readers.collecting import add_document, check_collection
+from datamodules.readers.collecting import FolderReader, add_document, add_documents, check_collection
 from datamodules.readers.io import check_folder, suffix_of
 from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines
 from datamodules.readers.tables import read_tables
-from datamodules.records import Collection, Document, UserError, check_choice
+from datamodules.records import Collection, Document, UserError
 
 
-class LitSearchReader:
+@dataclass
+class LitSearchReader(FolderReader):
     """Reader of the LitSearch data set. All of it is the test split.
 
     folder/query/full*.parquet          one file with rows {"query": text, "corpusids": [id], ...}
     folder/corpus_clean/full*.parquet   rows {"corpusid": id, "title", "abstract", ...}
 
     Files may also be .jsonl, plain, .gz or .zst. The id of a query is its row number.
-
-    on_error, quarantine: see BadLines.
     """
-
-    def __init__(self, folder: str, on_error: str = "fail", quarantine: str | None = None):
-        self.folder = Path(folder)
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
         return [*self._files("query"), *self._files("corpus_clean")]
 
     def _files(self, config: str) -> list[Path]:
-        folder = self.folder / config
+        folder = self.root / config
         check_folder(folder, "full-00000-of-00001.parquet")
         paths = sorted(folder.glob("full*"))
         files = [path for path in paths if path.suffix == ".parquet" or suffix_of(path) == ".jsonl"]
@@ -44,24 +40,20 @@ class LitSearchReader:
             raise UserError(f"{folder}: contains no file of the split 'full' (such as full-00000-of-00001.parquet)")
         return files
 
-    def read(self) -> Collection:
-        """Read and check the folder. Raises UserError with file, line and reason."""
+    def collect(self, bad: BadLines) -> Collection:
         corpus: dict[str, Document] = {}
+        add_documents(corpus, read_tables(self._files("corpus_clean"), bad), "corpusid", may_be_blank=True)
         queries: dict[str, Document] = {}
         qrels: dict[str, dict[str, int]] = {}
-        with BadLines(self.on_error, self.quarantine) as bad:
-            for row in read_tables(self._files("corpus_clean"), bad):
-                with row:
-                    add_document(corpus, as_object(row).document("corpusid", may_be_blank=True))
-            for row in read_tables(self._files("query"), bad):
-                with row:
-                    record = as_object(row)
-                    text = record.text("query", required=True)
-                    answers = record.ids("corpusids", required=True)
-                    if not text.strip() or not answers:
-                        raise UserError("query or corpusids is empty")
-                    query = Document(f"test.{row.ordinal}", "", text)
-                    add_document(queries, query)
-                    record.judged(answers, corpus)
-                    qrels[query.id] = dict.fromkeys(answers, 1)
+        for row in read_tables(self._files("query"), bad):
+            with row:
+                record = as_object(row)
+                text = record.text("query", required=True)
+                answers = record.ids("corpusids", required=True)
+                if not text.strip() or not answers:
+                    raise UserError("query or corpusids is empty")
+                query = Document(f"test.{row.ordinal}", "", text)
+                add_document(queries, query)
+                record.judged(answers, corpus)
+                qrels[query.id] = dict.fromkeys(answers, 1)
         return check_collection(Collection(corpus, queries, {"test": qrels}), self.folder)

@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.options import option
 from datamodules.readers.checks import check_percentages, split_of, stable_hash
-from datamodules.readers.collecting import add_id, check_collection
+from datamodules.readers.collecting import FolderReader, add_id, check_collection
 from datamodules.readers.io import find_file
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Collection, Document, UserError, check_choice, check_choices
+from datamodules.records import Collection, Document
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ class _Paper:
     labels: list[str]
 
 
-class MapleReader:
+@dataclass
+class MapleReader(FolderReader):
     """Reader of one folder of MAPLE, such as MAPLE/Computer_Science, or of several folders as one collection.
 
     folder/papers.json   {"paper", "venue", "year", "title", "abstract", "label": [id], "author": [id],
@@ -51,59 +53,51 @@ class MapleReader:
 
     Files may be compressed as .gz or .zst. Labels that are not in the label file are dropped, as are papers left
     without a label, and a warning counts both.
-
-    view: "labels": queries are papers, the corpus is the label space. "citations": queries and corpus are papers, and
-        the references within the corpus are relevant. "fields": queries are papers, and the corpus has the names of the
-        folders.
-    labels: another label file, in the folder or with its full path (see read_labels).
-    label_key: key of a paper's labels.
-    further: more folders of the same collection, using the same label file. A paper in several folders counts once,
-        with the text of the first folder and the labels of all.
-    max_per_label: maximum number of training papers for each label or field, drawn by the seed; 0 for all. In "fields"
-        papers of every split are drawn, by a hash of their ids, and only these are kept in memory.
-    negatives: sources of hard negatives: papers that the paper "cited", or that share an "author" or the "venue". In
-        "labels" and "fields" a hard negative is a label of such a paper that the paper itself does not have. In
-        "citations" it is a reference of a cited paper, or a paper by the same author or in the same venue, unless the
-        paper cites it.
-    num_negatives: maximum number of hard negatives for each training paper.
-    train_until: last year of training. Papers of later years are the test split (MAPLE's own split is 2015).
-    dev_percent, test_percent: percentages of papers in the dev and test splits, chosen by a hash of their ids.
-        test_percent is not used with train_until.
-    seed: seed of all draws.
-    on_error, quarantine: see BadLines.
     """
 
-    VIEWS = ("labels", "citations", "fields")
+    view: str = option(
+        "labels",
+        "labels: queries are papers, the corpus is the label space. citations: queries and corpus are papers, and the "
+        "references within the corpus are relevant. fields: queries are papers, and the corpus has the names of the "
+        "folders",
+        choices=("labels", "citations", "fields"),
+    )
+    labels: str | None = option(None, "another label file, in the folder or with its full path (see read_labels)")
+    label_key: str = option("label", "key of a paper's labels")
+    further: list[str] | None = option(
+        None,
+        "more folders of the same collection, using the same label file. A paper in several folders counts once, with "
+        "the text of the first folder and the labels of all",
+    )
+    max_per_label: int = option(
+        100,
+        "maximum number of training papers for each label or field, drawn by the seed; 0 for all. In fields, papers of "
+        "every split are drawn, by a hash of their ids, and only these are kept in memory",
+        minimum=0,
+    )
+    negatives: list[str] | None = option(
+        None,
+        "sources of hard negatives: papers that the paper cited, or that share an author or the venue. In labels and "
+        "fields, a hard negative is a label of such a paper that the paper itself does not have. In citations, it is a "
+        "reference of a cited paper, or a paper by the same author or in the same venue, unless the paper cites it",
+        choices=NEGATIVES,
+    )
+    num_negatives: int = option(5, "maximum number of hard negatives for each training paper", minimum=0)
+    train_until: int | None = option(
+        None, "last year of training. Papers of later years are the test split (MAPLE's own split is 2015)"
+    )
+    dev_percent: int = option(5, "percentage of papers in the dev split, chosen by a hash of their ids")
+    test_percent: int = option(5, "percentage of papers in the test split, likewise; not used with train_until")
+    seed: int = option(0, "seed of all draws")
 
-    def __init__(
-        self,
-        folder: str,
-        view: str = "labels",
-        labels: str | None = None,
-        label_key: str = "label",
-        further: list[str] | None = None,
-        max_per_label: int = 100,
-        negatives: list[str] | None = None,
-        num_negatives: int = 5,
-        train_until: int | None = None,
-        dev_percent: int = 5,
-        test_percent: int = 5,
-        seed: int = 0,
-        on_error: str = "fail",
-        quarantine: str | None = None,
-    ):
-        check_percentages(dev_percent, test_percent)
-        if min(max_per_label, num_negatives) < 0:
-            raise UserError(
-                f"max_per_label, num_negatives: expected numbers of at least 0, got {max_per_label} and {num_negatives}"
-            )
-        self.folder, self.view = Path(folder), check_choice("view", view, self.VIEWS)
-        self.labels, self.label_key = labels, label_key
-        self.folders = [self.folder, *map(Path, further or ())]
-        self.max_per_label, self.num_negatives, self.seed = max_per_label, num_negatives, seed
-        self.negatives = check_choices("negatives", negatives or [], NEGATIVES)
-        self.train_until, self.dev_percent, self.test_percent = train_until, dev_percent, test_percent
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_percentages(self.dev_percent, self.test_percent)
+
+    @property
+    def folders(self) -> list[Path]:
+        """All folders of the collection."""
+        return [self.root, *map(Path, self.further or ())]
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
@@ -114,19 +108,17 @@ class MapleReader:
         return find_file(folder, "papers.json", "papers.jsonl")
 
     def _labels_file(self) -> Path:
-        return find_file(self.folder, *([str(Path(self.labels))] if self.labels else ("labels.txt", "labels_mesh.txt")))
+        return self.find(*([str(Path(self.labels))] if self.labels else ("labels.txt", "labels_mesh.txt")))
 
-    def read(self) -> Collection:
-        """Read and check all folders. Raises UserError with file, line and reason."""
-        with BadLines(self.on_error, self.quarantine) as bad:
-            papers = self._read_papers(bad)
-            corpus, relevant = self._judge(papers, bad)
+    def collect(self, bad: BadLines) -> Collection:
+        papers = self._read_papers(bad)
+        corpus, relevant = self._judge(papers, bad)
         splits: dict[str, dict[str, list[str]]] = {split: {} for split in self._splits()}
         for id, documents in relevant.items():
             if documents:
                 splits[self._split(papers[id])][id] = documents
         train, is_labelled = splits["train"], self.view != "citations"
-        neighbours = _Neighbours(papers, train, is_labelled, self.negatives, self.seed)
+        neighbours = _Neighbours(papers, train, is_labelled, self.negatives or (), self.seed)
         judged = {
             id: dict.fromkeys(neighbours.draw(id, relevant[id], self.num_negatives), 0) | dict.fromkeys(documents, 1)
             for id, documents in (self._cap(train) if is_labelled else train).items()

@@ -15,8 +15,9 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from datamodules.leakage import normal
+from datamodules.options import REQUIRED, option
 from datamodules.readers.checks import SPLITS, check_percentages, split_of
-from datamodules.readers.collecting import check_collection
+from datamodules.readers.collecting import FolderReader, check_collection
 from datamodules.readers.io import check_folder, find_optional_file
 from datamodules.readers.json_files import as_object, read_entries, read_lists, read_members, read_whole_json
 from datamodules.readers.rows import BadLines, Record, Row
@@ -25,7 +26,6 @@ from datamodules.records import Collection, Document, Qrels, UserError, check_ch
 log = logging.getLogger(__name__)
 
 MATCHING, GENERATION = "image_caption_matching_data.json", "image_caption_generation_data.json"
-SETTINGS = (1, 2, 3)
 MISSING = ("No caption available", "No description available")  # what the published files have for an empty caption
 NUMBER = re.compile(r"\s*fig\w*\.?\s*(\d{1,3})\s*[:.|]?\s*", re.IGNORECASE)  # "Figure 2: ..."
 PANEL = re.compile(r"(?:^|(?<=[.!?;:] ))\(([a-z])\)")  # of a caption: "(a) Spectra. (b) ..."
@@ -77,7 +77,8 @@ MEMBERS = {
 }
 
 
-class MMSciReader:
+@dataclass
+class MMSciReader(FolderReader):
     """Reader of MMSci's source data and multiple-choice questions.
 
     folder/rawdata/CATEGORY/SUBJECT/ID/ID_data.json    an article: {"title", "abstract",
@@ -101,37 +102,27 @@ class MMSciReader:
                     published, so there are questions of train and dev only.
         The text of a figure is the sentences of its article that mention it, without its caption, or the name of its
         image if there are none.
-    setting: questions of the view choices: 1 whole figures of an article, 2 panels of several figures, 3 of one figure.
-    dev_percent, test_percent: percentages of articles in the dev and test splits, if the folder has no lists.
-    on_error, quarantine: see BadLines.
     """
 
-    VIEWS = tuple(MEMBERS)
+    view: str = option(REQUIRED, "what queries and documents are", choices=tuple(MEMBERS))
+    setting: int = option(
+        1,
+        "questions of the view choices: 1 whole figures of an article, 2 panels of several figures, 3 of one figure",
+        choices=(1, 2, 3),
+    )
+    dev_percent: int = option(5, "percentage of articles in the dev split, if the folder has no lists")
+    test_percent: int = option(5, "percentage of articles in the test split, likewise")
 
-    def __init__(
-        self,
-        folder: str,
-        view: str,
-        setting: int = 1,
-        dev_percent: int = 5,
-        test_percent: int = 5,
-        on_error: str = "fail",
-        quarantine: str | None = None,
-    ):
-        self.folder, self.view, self.setting = Path(folder), check_choice("view", view, self.VIEWS), setting
-        if setting not in SETTINGS:
-            raise UserError(f"setting: expected 1, 2 or 3, got {setting!r}")
-        check_percentages(dev_percent, test_percent)
-        self.dev_percent, self.test_percent = dev_percent, test_percent
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_percentages(self.dev_percent, self.test_percent)
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
         articles = [path for path, _ in self._article_files().values()]
         return [*self._question_files().values(), *(path for _, path in self._split_files()), *articles]
 
-    def read(self) -> Collection:
-        """Read and check the folder. Raises UserError with file, line and reason."""
+    def collect(self, bad: BadLines) -> Collection:
         make = {
             "captions": self._captions,
             "figures": self._figures,
@@ -139,9 +130,8 @@ class MMSciReader:
             "references": self._references,
             "choices": self._choices,
         }[self.view]
-        with BadLines(self.on_error, self.quarantine) as bad:
-            articles = {article.id: article for article in self._articles(bad)}
-            corpus, queries, judged = make(articles, bad)
+        articles = {article.id: article for article in self._articles(bad)}
+        corpus, queries, judged = make(articles, bad)
         qrels: dict[str, dict[str, Mapping[str, int]]] = {}
         for query, (split, grades) in judged.items():
             qrels.setdefault(split, {})[query] = grades
@@ -152,7 +142,7 @@ class MMSciReader:
 
     def _article_files(self) -> dict[str, tuple[Path, list[tuple[str, str]]]]:
         """Return the file of each article, and the (category, subject) of each folder that it is in."""
-        raw = self.folder / "rawdata"
+        raw = self.root / "rawdata"
         check_folder(raw, "CATEGORY/SUBJECT/ID/ID_data.json")
         files: dict[str, tuple[Path, list[tuple[str, str]]]] = {}
         for folder in sorted(raw.glob("*/*/*/")):
@@ -167,7 +157,7 @@ class MMSciReader:
 
     def _split_files(self) -> list[tuple[str, Path]]:
         """Return (split, file) of the lists. If there are none, of the files in benchmark/dev and benchmark/test."""
-        raw, benchmark = self.folder / "rawdata", self.folder / "benchmark"
+        raw, benchmark = self.root / "rawdata", self.root / "benchmark"
         lists = [(split, find_optional_file(raw, f"{split}_split_ids.json")) for split in SPLITS]
         if not any(path for _, path in lists):
             names = ((split, name) for split in ("dev", "test") for name in (GENERATION, MATCHING))
@@ -177,9 +167,9 @@ class MMSciReader:
     def _question_files(self) -> dict[str, Path]:
         if self.view != "choices":
             return {}
-        paths = {split: find_optional_file(self.folder / "benchmark" / split, MATCHING) for split in ("train", "dev")}
+        paths = {split: find_optional_file(self.root / "benchmark" / split, MATCHING) for split in ("train", "dev")}
         if not (found := {split: path for split, path in paths.items() if path}):
-            raise UserError(f"{self.folder / 'benchmark' / 'dev' / MATCHING}: no such file (also not as .gz or .zst)")
+            raise UserError(f"{self.root / 'benchmark' / 'dev' / MATCHING}: no such file (also not as .gz or .zst)")
         return found
 
     def _splits(self) -> dict[str, str]:
@@ -199,7 +189,7 @@ class MMSciReader:
             for key, row in read_members(path, bad, (), optional=("title", "abstract", *MEMBERS[self.view])):
                 with row:
                     _add_member(article, key, row)
-            bad.gaps.add_document(self.folder, article.document, {})
+            bad.gaps.add_document(self.root, article.document, {})
             yield article
 
     def _captions(self, articles: Mapping[str, _Article], bad: BadLines):

@@ -3,69 +3,60 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.options import REQUIRED, option
 from datamodules.papers.columns import parse_columns
 from datamodules.papers.formats import FORMATS, files_of, read_papers
 from datamodules.papers.library import EmptyLibrary, library_in
 from datamodules.papers.splits import Splits
 from datamodules.papers.views import VIEWS, EmptyView, ViewOptions
-from datamodules.readers.collecting import read_into_memory
+from datamodules.readers.collecting import SinkReader
 from datamodules.readers.rows import BadLines
-from datamodules.records import Collection, Sink, UserError, check_choice
+from datamodules.records import Sink, UserError, check_choice
 
 log = logging.getLogger(__name__)
 
 
-class PapersReader:
-    """Reader of a file of papers, or of a folder with such files: BibTeX, RIS, CSV, Excel, OpenAlex, PubMed, ...
+@dataclass
+class PapersReader(SinkReader):
+    """Reader of a file of papers, or of a folder with such files: BibTeX, RIS, CSV, Excel, OpenAlex, PubMed, ..."""
 
-    source: file, or folder whose files are parts of one library.
-    view: "labels": queries are papers, the corpus is their labels. "citations": the papers that a paper cites, within
-        the files. "searches": titles or keywords that find papers.
-    format: one of FORMATS; by default recognised for each file.
-    columns: names of the columns of a table, such as {"title": "Titel"}, if they are not the usual ones.
-    split: "80/10/10", "2015", "2015/2018" or "given" (see Splits).
-    labels, min_papers, definitions, search: see ViewOptions.
-    on_error, quarantine: see BadLines.
-    """
+    source: str = option(REQUIRED, "file, or folder whose files are parts of one library")
+    view: str = option(
+        "labels",
+        "labels: queries are papers, the corpus is their labels. citations: the papers that a paper cites, within the "
+        "files. searches: titles or keywords that find papers",
+        choices=tuple(VIEWS),
+    )
+    format: str = option("", "format of all files; by default recognised for each")
+    columns: dict[str, str] | None = option(
+        None, 'names of the columns of a table, such as {"title": "Titel"}, if they are not the usual ones'
+    )
+    split: str = option("80/10/10", "rule such as 80/10/10, 2015, 2015/2018 or given (see Splits)")
+    labels: list[str] | None = option(None, "kinds of labels (see ViewOptions)")
+    min_papers: int = option(5, "minimum number of papers for each label")
+    definitions: str = option("", "file with the definitions of labels (see ViewOptions)")
+    search: str = option("title", "title, keywords, or a file of queries (see ViewOptions)")
 
-    def __init__(
-        self,
-        source: str,
-        view: str = "labels",
-        format: str = "",
-        columns: dict[str, str] | None = None,
-        split: str = "80/10/10",
-        labels: list[str] | None = None,
-        min_papers: int = 5,
-        definitions: str = "",
-        search: str = "title",
-        on_error: str = "fail",
-        quarantine: str | None = None,
-    ):
-        self.source, self.view = Path(source), check_choice("view", view, list(VIEWS))
-        self.format = format and check_choice("format", format, list(FORMATS))
-        self.columns, self.split = parse_columns(columns or {}), split
-        self.labels, self.min_papers, self.definitions, self.search = labels or [], min_papers, definitions, search
-        self._splits = Splits(split)
-        self._options = ViewOptions(tuple(self.labels), min_papers, definitions, search)
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.format:
+            check_choice("format", self.format, list(FORMATS))
+        self.columns, self.labels = parse_columns(self.columns or {}), self.labels or []
+        self._splits = Splits(self.split)
+        self._options = ViewOptions(tuple(self.labels), self.min_papers, self.definitions, self.search)
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
         further = (Path(path) for path in (self.definitions, self.search) if path and Path(path).is_file())
-        return [*files_of(self.source), *further]
+        return [*files_of(Path(self.source)), *further]
 
-    def read(self) -> Collection:
-        """Read and check all files. Raises UserError with file, line and reason."""
-        return read_into_memory(self.stream)
-
-    def stream(self, sink: Sink) -> None:
-        """Write the collection to a sink without holding it in memory. Raises UserError as `read` does."""
-        with BadLines(self.on_error, self.quarantine) as bad, library_in(self._splits) as library:
+    def write(self, sink: Sink, bad: BadLines) -> None:
+        with library_in(self._splits) as library:
             try:
-                library.read(read_papers(files_of(self.source), bad, self.format, self.columns))
+                library.read(read_papers(files_of(Path(self.source)), bad, self.format, self.columns))
                 view = VIEWS[self.view](library, self._options, bad)
             except (EmptyLibrary, EmptyView) as error:
                 raise UserError(f"{self.source}: {error}") from error

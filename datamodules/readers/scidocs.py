@@ -8,22 +8,25 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.options import REQUIRED, option
 from datamodules.readers.checks import check_grade
-from datamodules.readers.collecting import Judgements, add_document, check_collection
-from datamodules.readers.io import find_file, find_path, find_split_files, read_lines
-from datamodules.readers.json_files import as_object, read_entries
+from datamodules.readers.collecting import FolderReader, Judgements, add_documents, check_collection
+from datamodules.readers.io import find_path, find_split_files, read_lines
+from datamodules.readers.json_files import read_entries
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines
-from datamodules.records import Collection, Document, Qrels, UserError, check_choice, explained, short
+from datamodules.records import Collection, Document, Qrels, UserError, explained, short
 
 CLASSIFICATION = ("mag", "mesh")
 LINKS = ("cite", "cocite", "coview", "coread")
 FILES = {"train": "train", "val": "dev", "test": "test"}
 
 
-class SciDocsReader:
+@dataclass
+class SciDocsReader(FolderReader):
     """Reader of the data folder of SciDocs.
 
     folder/paper_metadata_mag_mesh.json         {paper id: {"paper_id", "title", "abstract"}}, one object
@@ -32,29 +35,18 @@ class SciDocsReader:
     folder/cite/val.qrel, test.qrel             "query 0 document grade" per line; cocite, coview, coread likewise
 
     Every file may be compressed as .gz or .zst.
-
-    task: "mag" or "mesh", where queries are papers and the corpus is the label space; or "cite", "cocite", "coview" or
-        "coread", where queries and corpus are papers, each query has its own candidates with grades (0 for not
-        relevant), and there is no train split.
-    labels: file with the names of the labels (see read_labels), required if the labels are numbers.
-    unnamed: whether to accept numbers as labels without names, for a classifier that does not read them.
-    on_error, quarantine: see BadLines.
     """
 
-    TASKS = (*CLASSIFICATION, *LINKS)
-
-    def __init__(
-        self,
-        folder: str,
-        task: str,
-        labels: str | None = None,
-        unnamed: bool = False,
-        on_error: str = "fail",
-        quarantine: str | None = None,
-    ):
-        self.folder, self.task = Path(folder), check_choice("task", task, self.TASKS)
-        self.labels, self.unnamed = labels, unnamed
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
+    task: str = option(
+        REQUIRED,
+        "in mag and mesh, queries are papers and the corpus is the label space. In the others, queries and corpus are "
+        "papers, each query has its own candidates with grades (0 for not relevant), and there is no train split",
+        choices=(*CLASSIFICATION, *LINKS),
+    )
+    labels: str | None = option(None, "file with the names of the labels (see read_labels), if the labels are numbers")
+    unnamed: bool = option(
+        False, "whether to accept numbers as labels without names, for a classifier that does not read them"
+    )
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
@@ -62,27 +54,25 @@ class SciDocsReader:
 
     def _papers_file(self) -> Path:
         kind = "mag_mesh" if self.task in CLASSIFICATION else "view_cite_read"
-        return find_file(self.folder, f"paper_metadata_{kind}.json")
+        return self.find(f"paper_metadata_{kind}.json")
 
     def _labels_file(self) -> list[Path]:
         return [find_path(Path(self.labels))] if self.task in CLASSIFICATION and self.labels else []
 
     def _split_files(self) -> dict[str, Path]:
         suffix = "csv" if self.task in CLASSIFICATION else "qrel"
-        return find_split_files(self.folder, f"{self.task}/SPLIT.{suffix}", names=FILES)
+        return find_split_files(self.root, f"{self.task}/SPLIT.{suffix}", names=FILES)
 
-    def read(self) -> Collection:
-        """Read and check the folder. Raises UserError with file, line and reason."""
+    def collect(self, bad: BadLines) -> Collection:
         is_classification = self.task in CLASSIFICATION
-        with BadLines(self.on_error, self.quarantine) as bad:
-            papers = read_papers(self._papers_file(), bad)
-            corpus = {} if is_classification else papers
-            for path in self._labels_file():
-                corpus = read_labels(path, bad)
-            read = self._read_labelled_papers if is_classification else self._read_links
-            qrels = {split: read(path, papers, corpus, bad) for split, path in self._split_files().items()}
+        papers = read_papers(self._papers_file(), bad)
+        corpus = {} if is_classification else papers
+        for path in self._labels_file():
+            corpus = read_labels(path, bad)
+        read = self._read_labelled_papers if is_classification else self._read_links
+        qrels = {split: read(path, papers, corpus, bad) for split, path in self._split_files().items()}
         queries = {id: papers[id] for judged in qrels.values() for id in judged}
-        return check_collection(Collection(corpus, queries, qrels), self.folder / self.task)
+        return check_collection(Collection(corpus, queries, qrels), self.root / self.task)
 
     def _read_labelled_papers(
         self, path: Path, papers: Mapping[str, Document], corpus: dict[str, Document], bad: BadLines
@@ -119,9 +109,7 @@ class SciDocsReader:
 def read_papers(path: Path, bad: BadLines) -> dict[str, Document]:
     """Return the papers of a paper_metadata_*.json file."""
     papers: dict[str, Document] = {}
-    for row in read_entries(path, bad, "object"):
-        with row:
-            add_document(papers, as_object(row).document("paper_id", may_be_blank=True))
+    add_documents(papers, read_entries(path, bad, "object"), "paper_id", may_be_blank=True)
     return papers
 
 

@@ -7,11 +7,13 @@ Findings of EMNLP 2023, section 4 and table A2 (yuzhimanhua/SciMult).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.options import REQUIRED, option
 from datamodules.readers.beir import read_qrels
-from datamodules.readers.collecting import Judgements, add_document, check_collection
-from datamodules.readers.io import check_folder, find_file
+from datamodules.readers.collecting import FolderReader, Judgements, add_document, add_documents, check_collection
+from datamodules.readers.io import check_folder
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines, Record, Row
@@ -29,7 +31,8 @@ DATASETS = {
 GradesOf = Callable[[Record], dict[str, int]]  # grades of a query's documents, from its record
 
 
-class SciMultReader:
+@dataclass
+class SciMultReader(FolderReader):
     """Reader of one data set from the folder with classification_fine, search and so on. All of it is the test split.
 
     classification_fine/D_label.json, D_papers_test.json (and classification_coarse)
@@ -50,58 +53,40 @@ class SciMultReader:
     Queries of Recommendation, Search and TRECCOVID_SciRepEval have their own candidates: the documents with a grade,
     including 0. Do not rank other documents for these queries. classification_fine/D_matched.json lists the labels
     whose names occur in each paper, {"candidate": [id]} per line. The folder scidocs is read by SciDocsReader.
-
-    task: folder of the data set, such as "search".
-    dataset: name of the data set (D above), such as "SciFact".
-    relation: links of SciDocs, "cite" or "co-cite".
-    on_error, quarantine: see BadLines.
     """
 
-    TASKS = tuple(DATASETS)
-    RELATIONS = ("cite", "co-cite")
+    task: str = option(REQUIRED, "folder of the data set, such as search", choices=tuple(DATASETS))
+    dataset: str = option(REQUIRED, "name of the data set (D above), such as SciFact")
+    relation: str = option("cite", "links of SciDocs", choices=("cite", "co-cite"))
 
-    def __init__(
-        self,
-        folder: str,
-        task: str,
-        dataset: str,
-        relation: str = "cite",
-        on_error: str = "fail",
-        quarantine: str | None = None,
-    ):
-        self.folder, self.task = Path(folder), check_choice("task", task, self.TASKS)
-        self.dataset = check_choice(f"dataset (of {task})", dataset, DATASETS[task])
-        self.relation = check_choice("relation", relation, self.RELATIONS)
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(f"dataset (of {self.task})", self.dataset, DATASETS[self.task])
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
-        folder = self.folder / self.task
+        folder = self.root / self.task
         check_folder(folder, f"files such as {self.dataset}_papers_test.json")
         prefixes = (f"{self.dataset}_", f"{self.dataset.removeprefix('PMCPatients')}_test_qrels")
         return sorted(path for path in folder.rglob("*") if path.is_file() and path.name.startswith(prefixes))
 
-    def read(self) -> Collection:
-        """Read and check the data set. Raises UserError with file, line and reason."""
-        with BadLines(self.on_error, self.quarantine) as bad:
-            if self.task.startswith("classification"):
-                labels = read_labels(self._file("label"), bad)
-                collection = self._read_queries(bad, labels, _unnamed_query, _label_grades, kind="papers")
-            elif self.task == "pmc_patients":
-                collection = self._read_pmc_patients(bad)
-            elif self.dataset == "SciDocs":
-                collection = self._read_linked_papers(bad, lambda record: _link_grades(record, self.relation))
-            elif self.dataset == "PMCPatientsPPR":
-                patients = self._read_documents("patients", "patient", bad)
-                collection = self._read_queries(
-                    bad, patients, _unnamed_query, lambda record: _link_grades(record, "patient")
-                )
-            elif self.task == "link_prediction_reranking":
-                collection = self._read_linked_papers(bad, lambda record: record.grades("score"))
-            else:
-                papers = self._read_documents("papers", "paper", bad)
-                collection = self._read_queries(bad, papers, _search_query, lambda record: record.grades("score"))
-        return check_collection(collection, self.folder / self.task / self.dataset)
+    def collect(self, bad: BadLines) -> Collection:
+        if self.task.startswith("classification"):
+            labels = read_labels(self._file("label"), bad)
+            collection = self._read_queries(bad, labels, _unnamed_query, _label_grades, kind="papers")
+        elif self.task == "pmc_patients":
+            collection = self._read_pmc_patients(bad)
+        elif self.dataset == "SciDocs":
+            collection = self._read_linked_papers(bad, lambda record: _link_grades(record, self.relation))
+        elif self.dataset == "PMCPatientsPPR":
+            patients = self._read_documents("patients", "patient", bad)
+            collection = self._read_queries(bad, patients, _unnamed_query, lambda row: _link_grades(row, "patient"))
+        elif self.task == "link_prediction_reranking":
+            collection = self._read_linked_papers(bad, lambda record: record.grades("score"))
+        else:
+            papers = self._read_documents("papers", "paper", bad)
+            collection = self._read_queries(bad, papers, _search_query, lambda record: record.grades("score"))
+        return check_collection(collection, self.root / self.task / self.dataset)
 
     def named_labels(self) -> dict[str, list[str]]:
         """Return the labels whose names occur in each paper, as the authors matched them (classification_fine only)."""
@@ -117,13 +102,12 @@ class SciMultReader:
         return self._file("matched")
 
     def _file(self, kind: str) -> Path:
-        return find_file(self.folder / self.task, f"{self.dataset}_{kind}.json")
+        return self.find(f"{self.task}/{self.dataset}_{kind}.json")
 
     def _read_documents(self, kind: str, key: str, bad: BadLines) -> dict[str, Document]:
         documents: dict[str, Document] = {}
-        for row in read_records(self._file(f"{kind}_test"), bad):
-            with row:
-                add_document(documents, as_object(row).document(key, may_be_blank=key != "query"))
+        rows = read_records(self._file(f"{kind}_test"), bad)
+        add_documents(documents, rows, key, may_be_blank=key != "query")
         return documents
 
     def _read_queries(
@@ -169,7 +153,7 @@ class SciMultReader:
         kind = {"PAR": "article", "PPR": "patient"}[task]
         corpus = self._read_documents(f"{kind}s", kind, bad)
         queries = self._read_documents("queries", "query", bad)
-        path = find_file(self.folder / self.task, f"PMCPatients/{task}/{task}_test_qrels.tsv")
+        path = self.find(f"{self.task}/PMCPatients/{task}/{task}_test_qrels.tsv")
         qrels = read_qrels(Judgements(path, queries, corpus, bad, self._file("queries_test").name))
         return Collection(corpus, queries, {"test": qrels})
 

@@ -7,16 +7,18 @@ Source: Singh et al., SciRepEval: A Multi-Format Benchmark for Scientific Docume
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.options import REQUIRED, option
 from datamodules.readers.checks import check_id
-from datamodules.readers.collecting import add_grades, add_repeated, check_collection
+from datamodules.readers.collecting import LineReader, add_grades, add_repeated, check_collection
 from datamodules.readers.io import find_path
 from datamodules.readers.json_files import as_object
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.tables import files_by_split, load_hub_splits, read_hub_table, read_tables
-from datamodules.records import Collection, Document, UserError, check_choice, prefixed, short
+from datamodules.records import Collection, Document, UserError, prefixed, short
 from datamodules.text import TEXT_KEYS
 
 ID_KEYS = ("doc_id", "corpus_id", "paper_id")
@@ -25,7 +27,8 @@ Documents = dict[str, Document]
 Grades = dict[str, dict[str, int]]  # judgements of one split
 
 
-class SciRepEvalReader:
+@dataclass
+class SciRepEvalReader(LineReader):
     """Reader of one config of SciRepEval, from a folder of files or from the hub.
 
     A paper is {"doc_id" or "corpus_id", "title", "abstract"}. The view says what a row is:
@@ -37,34 +40,25 @@ class SciRepEvalReader:
                  ("doc_id", "title", "abstract", "score": lists). Score 0 means judged and not relevant.
     "labels"     a paper with a label or a list of labels: fos (labels_text), mesh_descriptors (descriptor). The corpus
                  is the label space.
-
-    folder: folder with train.jsonl, validation.jsonl and test.jsonl (or evaluation.jsonl), or .json or .parquet files,
-        whole or in parts (train-00000-of-00002.parquet). Give either the folder, or dataset and config.
-    dataset, config: names on the hub, such as allenai/scirepeval and cite_prediction.
-    label_key: key of the labels in the view "labels".
-    labels: file with the names of the labels (see read_labels). By default the labels are their own names.
-    on_error, quarantine: see BadLines.
     """
 
-    VIEWS = ("citations", "search", "labels")
+    view: str = option(REQUIRED, "what a row is", choices=("citations", "search", "labels"))
+    folder: str | None = option(
+        None,
+        "folder with train.jsonl, validation.jsonl and test.jsonl (or evaluation.jsonl), or .json or .parquet files, "
+        "whole or in parts (train-00000-of-00002.parquet). Give either the folder, or dataset and config",
+    )
+    dataset: str | None = option(None, "name on the hub, such as allenai/scirepeval")
+    config: str | None = option(None, "config of the data set, such as cite_prediction")
+    label_key: str = option("label", "key of the labels in the view labels")
+    labels: str | None = option(
+        None, "file with the names of the labels (see read_labels). By default the labels are their own names"
+    )
 
-    def __init__(
-        self,
-        view: str,
-        folder: str | None = None,
-        dataset: str | None = None,
-        config: str | None = None,
-        label_key: str = "label",
-        labels: str | None = None,
-        on_error: str = "fail",
-        quarantine: str | None = None,
-    ):
-        if (folder is None) == (dataset is None):
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.folder is None) == (self.dataset is None):
             raise UserError("SciRepEvalReader: expected either folder or dataset (with config)")
-        self.view = check_choice("view", view, self.VIEWS)
-        self.folder, self.dataset, self.config = folder, dataset, config
-        self.label_key, self.labels = label_key, labels
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
 
     def sources(self) -> list[Path]:
         """Return the files to read, or an empty list for data on the hub."""
@@ -75,20 +69,18 @@ class SciRepEvalReader:
     def _labels_file(self) -> list[Path]:
         return [find_path(Path(self.labels))] if self.view == "labels" and self.labels else []
 
-    def read(self) -> Collection:
-        """Read and check all splits. Raises UserError with file, line and reason."""
+    def collect(self, bad: BadLines) -> Collection:
         add = {"citations": _add_triplet, "search": _add_search, "labels": self._add_labelled_paper}[self.view]
         corpus: Documents = {}
         queries: Documents = {}
         qrels: dict[str, Grades] = {}
-        with BadLines(self.on_error, self.quarantine) as bad:
-            for path in self._labels_file():
-                corpus = read_labels(path, bad)
-            for split, rows in self._splits(bad):
-                qrels[split] = {}
-                for row in rows:
-                    with row:
-                        add(as_object(row), f"{split}.{row.ordinal}", corpus, queries, qrels[split])
+        for path in self._labels_file():
+            corpus = read_labels(path, bad)
+        for split, rows in self._splits(bad):
+            qrels[split] = {}
+            for row in rows:
+                with row:
+                    add(as_object(row), f"{split}.{row.ordinal}", corpus, queries, qrels[split])
         return check_collection(Collection(corpus, queries, qrels), self.folder or f"{self.dataset}/{self.config}")
 
     def _splits(self, bad: BadLines) -> Iterator[tuple[str, Iterator[Row]]]:

@@ -10,16 +10,18 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datamodules.options import REQUIRED, option
 from datamodules.readers.checks import check_id
-from datamodules.readers.collecting import check_collection
+from datamodules.readers.collecting import FolderReader, check_collection
 from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines, Record
 from datamodules.readers.scirepeval import ID_KEYS, evaluation_files
 from datamodules.readers.tables import files_by_split, read_tables
-from datamodules.records import Collection, Document, UserError, check_choice, short
+from datamodules.records import Collection, Document, UserError, short
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,8 @@ MAX_NUMBER = 1e100  # cross-validation squares the numbers, and larger squares m
 Label = Any  # str, tuple[int, ...] or float, in the views "class", "labels" and "number"
 
 
-class SciRepEvalExamplesReader:
+@dataclass
+class SciRepEvalExamplesReader(FolderReader):
     """Reader of one config: texts from allenai/scirepeval, labels from allenai/scirepeval_test.
 
     It is for benchmarks with train_on. Queries are papers.
@@ -39,39 +42,31 @@ class SciRepEvalExamplesReader:
 
     Files may have the formats that SciRepEvalReader reads. A paper that is judged twice counts twice. Papers without
     text are left out with a warning, as in SciRepEval's own program.
-
-    view: what a label is. "class": the one class of a paper, a number or a word; the corpus is the sorted classes.
-        "labels": a list of 0 and 1, one for each label; the corpus is their indices. "number": the corpus is a single
-        document, whose grade is the number.
-    on_error, quarantine: see BadLines.
     """
 
-    VIEWS = ("class", "labels", NUMBER)
-
-    def __init__(self, folder: str, judgements: str, view: str, on_error: str = "fail", quarantine: str | None = None):
-        self.folder, self.judgements = Path(folder), Path(judgements)
-        self.view = check_choice("view", view, self.VIEWS)
-        self.on_error, self.quarantine = check_choice("on_error", on_error, BadLines.POLICIES), quarantine
+    judgements: str = option(REQUIRED, "folder with the labels")
+    view: str = option(
+        REQUIRED,
+        "what a label is. class: the one class of a paper, a number or a word; the corpus is the sorted classes. "
+        "labels: a list of 0 and 1, one for each label; the corpus is their indices. number: the corpus is a single "
+        "document, whose grade is the number",
+        choices=("class", "labels", NUMBER),
+    )
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
-        return [
-            *evaluation_files(self.folder),
-            *(path for paths in files_by_split(self.judgements).values() for path in paths),
-        ]
+        return [*evaluation_files(self.root), *(path for paths in self._judgement_files().values() for path in paths)]
 
-    def read(self) -> Collection:
-        """Read and check both folders. Raises UserError with file, line and reason."""
+    def _judgement_files(self) -> dict[str, list[Path]]:
+        return files_by_split(Path(self.judgements))
+
+    def collect(self, bad: BadLines) -> Collection:
         texts: dict[str, Document] = {}
-        with BadLines(self.on_error, self.quarantine) as bad:
-            for row in read_tables(evaluation_files(self.folder), bad):
-                with row:
-                    paper = as_object(row).document(*ID_KEYS)
-                    texts.setdefault(paper.id, paper)
-            splits = {
-                split: self._read_examples(paths, texts, bad)
-                for split, paths in files_by_split(self.judgements).items()
-            }
+        for row in read_tables(evaluation_files(self.root), bad):
+            with row:
+                paper = as_object(row).document(*ID_KEYS)
+                texts.setdefault(paper.id, paper)
+        splits = {split: self._read_examples(paths, texts, bad) for split, paths in self._judgement_files().items()}
         labels = [label for examples in splits.values() for _, label in examples]
         corpus = {id: Document(id, id) for id in self._corpus_ids(labels)}
         queries = {paper.id: paper for examples in splits.values() for paper, _ in examples}

@@ -520,3 +520,13 @@ def test_scirepeval_triplet_of_two_papers_raises_user_error(tmp_path, ids, messa
     texts = [{"doc_id": d.id, "title": d.title, "abstract": d.text} for d in papers("", 3).values()]
     put(tmp_path / "train.jsonl", dict(zip(("query", "pos", "neg"), (texts[i] for i in ids), strict=True)))
     assert f"{message} is also the" in error_of(SciRepEvalReader("citations", folder=str(tmp_path)))
+
+
+def test_doris_mae_candidates_outside_the_corpus_are_logged(tmp_path, caplog):
+    """They were counted after the report of the gaps, so nothing was logged."""
+    doris_mae(tmp_path)
+    path = tmp_path / "DORIS-MAE_dataset_v1.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"candidate_pool": [3, 0]', '"candidate_pool": [3, 9]'))
+    collection = DorisMaeReader(str(tmp_path), "sum").read()
+    assert collection.qrels["test"]["test.2"] == {"3": 2, "9": 0}
+    assert f"{path}: 1 of 5 judgements are of documents that are not in the corpus" in caplog.text

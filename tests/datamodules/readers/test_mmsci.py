@@ -106,7 +106,7 @@ def test_processed_file_is_preferred(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"setting": 4}, "setting: expected 1, 2 or 3, got 4"),
+        ({"setting": 4}, "setting: expected one of 1, 2, 3, got 4"),
         ({"dev_percent": 50, "test_percent": 50}, "add up to less than 100, got 50 and 50"),
         ({"view": "choices", "setting": 1}, "contains no documents"),
     ],
