@@ -164,7 +164,7 @@ docs: ## build the documentation as a site, with the Python API: site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "built site/index.html"
 
-bench: $(STAMP) ## measure speed: make bench BENCH=gpu|encoder_cost|grad_cache|mining|evaluation|data_scale|embed|sharding|tracking|peer_training
+bench: $(STAMP) ## measure speed: make bench BENCH=gpu|encoder_cost|grad_cache|mining|evaluation|data_scale|sharding|tracking|peer_training
 	@$(PY) -m experiments.bench.$(call shell-word,BENCH) $(call shell-words,$(value ARGS)) $(OVERRIDES)
 
 clean: ## remove caches, but keep runs and the virtual environment

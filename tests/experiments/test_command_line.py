@@ -69,7 +69,7 @@ def test_arguments_reach_the_module(monkeypatch, arguments, expected):
         ("__main__", 2, "unknown command"),
         ("bench nothing", 2, "error: bench: expected one of"),
         ("bench --help", 0, "expected one of"),
-        ("bench peer", 2, "error: bench: expected one of data_scale, embed, "),
+        ("bench peer", 2, "error: bench: expected one of data_scale, encoder_cost, "),
     ],
 )
 def test_wrong_commands_say_what_is_expected(monkeypatch, capsys, arguments, status, message):
