@@ -1,21 +1,17 @@
-"""Measure how much W&B slows down training: python -m experiments.bench.tracking [rounds=N] [steps=N] [every=N]
-
-One process trains throughout. It takes turns between logging to metrics.jsonl only, to W&B offline, and to W&B online
-with a server that refuses connections or never answers, so other load on the machine affects all of them alike.
-"""
+"""Measure how much W&B slows down training: python -m experiments.bench.tracking --help"""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from datamodules.options import option
@@ -42,7 +38,11 @@ SETUPS = {
 
 @dataclass(kw_only=True)
 class TrackingOptions:
-    """Measure how much W&B slows down training, in wall-clock time and in CPU time of the training thread."""
+    """Measure how much W&B slows down training, in wall-clock time and in CPU time of the training thread.
+
+    One process trains throughout. It takes turns between logging to metrics.jsonl only, to W&B offline, and to W&B
+    online with a server that refuses connections or never answers, so other load on the machine affects all alike.
+    """
 
     rounds: int = option(10, "number of rounds; a ratio is their median", minimum=1)
     steps: int = option(100, "steps of each setup in a round", minimum=1)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
             os.environ["WANDB_BASE_URL"] = urls.get(setup, "http://127.0.0.1:9")
             loggers[setup] = build_loggers(load_config("moe", [*overrides, "wandb.finish_timeout=1"]), folder)
             measure(training, loggers[setup], 0, options)  # W&B starts, and the machine warms up
-        times: dict[str, list[Times]] = {setup: [] for setup in SETUPS}
+        times: dict[str, list[np.ndarray]] = {setup: [] for setup in SETUPS}
         for number in range(1, options.rounds + 1):
             first = number % len(SETUPS)
             for setup in [*SETUPS][first:] + [*SETUPS][:first]:
@@ -81,9 +81,7 @@ class Training:
         config = load_config("moe", ["trainer.accelerator=cpu", "trainer.max_steps=1000000"])
         torch.manual_seed(0)
         data = build_data(config, training=True)
-        self.module = build_module(config, data)
-        self.module.to(device).train()
-        self.device = device
+        self.module, self.device = build_module(config, data).to(device).train(), device
         self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=1e-4)
         self.batches = iter(data.train_dataloader())
 
@@ -97,34 +95,31 @@ class Training:
         return {f"train/{batch.task}/loss": loss.item(), "train/lr": 1e-4, "train/batch": batch.fingerprint}
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of wall-clock time, and of CPU time of the training thread."""
+def measure(training: Training, loggers: Sequence[RunLogger], first: int, options: TrackingOptions) -> np.ndarray:
+    """Time `options.steps` steps, numbered from `first`, and the logging of their rows.
 
-    wall: float
-    thread: float
-
-
-def measure(training: Training, loggers: Sequence[RunLogger], first: int, options: TrackingOptions) -> Times:
-    """Time `options.steps` steps, numbered from `first`, and the logging of their rows."""
-    wall, thread = time.perf_counter(), time.thread_time()
+    Returns the seconds of wall-clock time, and of CPU time of the training thread, (2,).
+    """
+    started = _clock()
     for step in range(first, first + options.steps):
         values = training.step()
         if step % options.every == 0:
             for logger in loggers:
                 logger.log_metrics(values, step=step)
-    return Times(time.perf_counter() - wall, time.thread_time() - thread)
+    return _clock() - started
 
 
-def report(times: dict[str, list[Times]], options: TrackingOptions) -> None:
-    base = times[BASELINE]
-    median = statistics.median(each.wall for each in base)
+def _clock() -> np.ndarray:
+    return np.array([time.perf_counter(), time.thread_time()])
+
+
+def report(times: dict[str, list[np.ndarray]], options: TrackingOptions) -> None:
+    base = np.array(times[BASELINE])  # (rounds, 2)
+    median = np.median(base[:, 0])
     log.info("%d steps, a row every %d: %.2f s with metrics.jsonl", options.steps, options.every, median)
     for setup in [*SETUPS][1:]:
-        pairs = list(zip(times[setup], base, strict=True))
-        wall = statistics.median(each.wall / plain.wall for each, plain in pairs)
-        thread = statistics.median(each.thread / plain.thread for each, plain in pairs)
-        log.info("W&B, %s: %+.1f %% time, %+.1f %% CPU time of the thread", setup, 100 * wall - 100, 100 * thread - 100)
+        wall, thread = 100 * np.median(times[setup] / base, axis=0) - 100
+        log.info("W&B, %s: %+.1f %% time, %+.1f %% CPU time of the thread", setup, wall, thread)
 
 
 if __name__ == "__main__":
