@@ -9,13 +9,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from datamodules.packed import ContrastiveBatch, Tokens
+from datamodules.packed import ContrastiveBatch
 from datamodules.readers.beir import write_beir
 from datamodules.records import Collection, Document
 from datamodules.text import token_ids
@@ -155,15 +156,11 @@ def forward(workload: Workload) -> Iterator[Figure]:
 
         @torch.inference_mode()
         def run() -> None:
-            with workload.computing():
-                if not cast_once:
-                    _forward_each(encoder, batches)
-                    return
-                with encoder.casting():
-                    _forward_each(encoder, batches)
+            with workload.computing(), encoder.casting() if cast_once else nullcontext():
+                for tokens in batches:
+                    encoder(tokens, TASK)
 
-        seconds = workload.median_seconds(run)
-        return _texts_figure(OURS, setting, workload, encoder, seconds)
+        return _texts_figure(OURS, setting, workload, encoder, workload.median_seconds(run))
 
     yield figure("Vanilla, weights cast once", encoder, True)
     if peer_version():
@@ -177,11 +174,6 @@ def forward(workload: Workload) -> Iterator[Figure]:
         yield figure("Vanilla, weights cast for each batch", encoder, False)
     yield figure("MoE", workload.encoder("MoE"), True)
     yield figure("Vanilla, compiled", compiled(encoder), True)
-
-
-def _forward_each(encoder: Encoder, batches: Sequence[Tokens]) -> None:
-    for tokens in batches:
-        encoder(tokens, TASK)
 
 
 def train(workload: Workload) -> Iterator[Figure]:

@@ -12,11 +12,8 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 from rich.table import Column, Table
 
 from datamodules.files import write_json, write_text
@@ -24,8 +21,8 @@ from experiments.bench.gpu_checks import Check
 from experiments.bench.gpu_parts import OURS, Figure
 from experiments.bench.peer import PEER, peer_version
 from experiments.bench.workload import Workload
-from experiments.reporting import charts
 from experiments.reporting.charts import Chart, dot_rows
+from experiments.reporting.page import environment
 from experiments.reporting.run_files import Source
 from experiments.shared.console import near, table_console
 from lightning_modules.retrieval.compute import describe_device
@@ -34,7 +31,7 @@ log = logging.getLogger(__name__)
 
 COLUMNS = ("part", "system", "setting", "speed", "unit", "useful TFLOP/s", "MFU", f"x {PEER}'s best")
 SYSTEMS = {OURS: 0, f"{PEER}, best": 1, f"{PEER}, default": 7}  # and their colours in the plot
-PAGE = """{% from "charts.html.jinja" import charts %}
+PAGE = """{% from "macros.html.jinja" import charts, table %}
 <!doctype html>
 <html lang="en">
 <head><meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>
@@ -43,10 +40,13 @@ PAGE = """{% from "charts.html.jinja" import charts %}
 <p>{% for name, value in facts.items() %}{{ name }}: {{ value }}{% if not loop.last %}; {% endif %}{% endfor %}</p>
 </header>
 <main>{% if chart %}{{ charts([chart]) }}{% endif %}
-{% for headings, rows in tables %}{% if rows %}<div class="scroll"><table>
-<thead><tr>{% for heading in headings %}<th scope="col">{{ heading }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>{% endif %}{% endfor %}</main></body></html>
+{% for headings, rows in tables if rows %}
+{% call table(headings, "", "texts") %}
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+{% endcall %}
+{% endfor %}
+</main></body></html>
 """
 
 
@@ -97,7 +97,8 @@ class Results:
             "skipped": dict(self.skipped),
         }
         write_json(folder / "gpu.json", content)
-        write_text(folder / "gpu.html", page(self.facts, plot(self.figures), tables))
+        page = environment().from_string(PAGE)
+        write_text(folder / "gpu.html", page.render(facts=self.facts, chart=plot(self.figures), tables=tables))
         log.info("wrote %s and gpu.html", near(folder / "gpu.json"))
 
     def _row(self, figure: Figure) -> tuple[str, ...]:
@@ -151,15 +152,6 @@ def _dots(figures: list[Figure], part: str) -> Iterator[tuple[str, int, Source]]
         if candidates:
             number, figure = max(candidates, key=lambda each: each[1].mfu)
             yield system, colour, Source(figure.mfu, f"gpu.json#/figures/{number}/mfu")
-
-
-def page(facts: dict[str, str], chart: Chart | None, tables: list[tuple[Any, Any]]) -> str:
-    """Return the page as HTML."""
-    folder = Path(charts.__file__).parent
-    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
-    environment.filters["figure"] = lambda source, form: format(source.value, form)
-    style = Markup((folder / "style.css").read_text(encoding="utf-8"))
-    return environment.from_string(PAGE).render(facts=facts, chart=chart, tables=tables, style=style)
 
 
 def format_speed(speed: float) -> str:

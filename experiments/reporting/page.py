@@ -1,4 +1,4 @@
-"""The content of the report's sections. The markup is in report.html.jinja and charts.html.jinja."""
+"""The content of the report's sections. The markup is in report.html.jinja and macros.html.jinja."""
 
 from __future__ import annotations
 
@@ -54,33 +54,46 @@ MINING_COLUMNS = {  # key in a mining report -> heading and format
 
 def render(run: RunFiles) -> str:
     """Return the page. Style, script and charts are inside it, so it needs no other file."""
-    folder = Path(__file__).parent
-    environment = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
-    environment.trim_blocks = environment.lstrip_blocks = True
-    environment.filters |= {"figure": figure, "quote": quote}
-    return environment.get_template("report.html.jinja").render(
-        style=Markup((folder / "style.css").read_text(encoding="utf-8")),
-        sections=SECTIONS,
-        run=run,
-        config=run.source(CONFIG),
-        computed=run.source(COMPUTED),
-        results=run.source("results.json"),
-        unfinished=None if run.results else run.source("baselines.json"),
-        manifest=run.source("manifest.json"),
-        tiles=_tiles(run),
-        result_tables=result_tables,
-        result_chart=_result_chart,
-        curves=_curves(run),
-        expert_charts=_expert_charts(run),
-        transplants=_transplants(run),
-        mining_charts=_mining_charts(run),
-        margins=_margins(run),
-        mining_columns=MINING_COLUMNS,
-        maps=_maps(run),
-        map_legend=[LegendEntry(name, i) for i, name in enumerate((run.computed.get("map") or {}).get("labels", ()))],
-        train_command=lambda attempt: shlex.join(["python", "-m", "experiments.train", *attempt.value["command"][1:]]),
-        settings=yaml.safe_dump(dict(run.config), sort_keys=False),
+    return (
+        environment()
+        .get_template("report.html.jinja")
+        .render(
+            sections=SECTIONS,
+            run=run,
+            config=run.source(CONFIG),
+            computed=run.source(COMPUTED),
+            results=run.source("results.json"),
+            unfinished=None if run.results else run.source("baselines.json"),
+            manifest=run.source("manifest.json"),
+            tiles=_tiles(run),
+            result_tables=result_tables,
+            result_chart=_result_chart,
+            curves=_curves(run),
+            expert_charts=_expert_charts(run),
+            transplants=_transplants(run),
+            mining_charts=_mining_charts(run),
+            margins=_margins(run),
+            mining_columns=MINING_COLUMNS,
+            maps=_maps(run),
+            map_legend=[
+                LegendEntry(name, i) for i, name in enumerate((run.computed.get("map") or {}).get("labels", ()))
+            ],
+            train_command=lambda attempt: shlex.join(
+                ["python", "-m", "experiments.train", *attempt.value["command"][1:]]
+            ),
+            settings=yaml.safe_dump(dict(run.config), sort_keys=False),
+        )
     )
+
+
+def environment() -> Environment:
+    """Return the environment of pages: escaping, the macros, and our style sheet as `style`."""
+    folder = Path(__file__).parent
+    pages = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
+    pages.trim_blocks = pages.lstrip_blocks = True
+    pages.filters |= {"figure": figure, "quote": quote}
+    pages.globals["style"] = Markup((folder / "style.css").read_text(encoding="utf-8"))
+    return pages
 
 
 def figure(source: Source, form: str = ".3f") -> Markup:

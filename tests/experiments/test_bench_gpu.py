@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import time
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -211,6 +213,9 @@ def test_report_has_tables_json_and_a_plot(workload, tmp_path, capsys):
     assert "<svg" in page
     assert "bits &lt;b&gt;" in page
     assert "<b>" not in page
+    style, body = page.split("</style>")
+    classes = set(chain.from_iterable(map(str.split, re.findall(r'class="([^"]+)"', body))))
+    assert not {name for name in classes if f".{name}" not in style}, "its tables did not scroll on narrow pages"
 
 
 def test_plot_shows_the_best_and_the_default():
