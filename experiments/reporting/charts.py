@@ -1,4 +1,4 @@
-"""Charts as lists of shapes, which a template draws as SVG in the page's own colours.
+"""Charts as SVG elements in the page's own colours.
 
 A chart is as wide as a phone; several share a row if there is room. Coordinates are in pixels, y grows downwards.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
 from experiments.reporting.run_files import Source
 
@@ -55,48 +56,6 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """A straight line."""
-
-    x1: float
-    x2: float
-    y1: float
-    y2: float
-    style: str = "grid"
-
-
-@dataclass(frozen=True)
-class Label:
-    text: str
-    x: float
-    y: float
-    anchor: str = "middle"
-    style: str = "tick"
-
-
-@dataclass(frozen=True)
-class Bar:
-    x: float
-    y: float
-    width: float
-    height: float
-    style: str
-
-
-@dataclass(frozen=True)
-class Dot:
-    """A point. title: its tooltip. source: where its value is stored."""
-
-    x: float
-    y: float
-    colour: int
-    title: str
-    source: str
-    style: str = "dot"
-    radius: float = 3.2
-
-
-@dataclass(frozen=True)
 class LegendEntry:
     """A name with its colour, and the last value of its line. form: a format specification."""
 
@@ -108,18 +67,33 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure. description: text for screen readers. curves: points and colour of each polyline."""
+    """A figure. description: text for screen readers. shapes: SVG elements; later ones cover earlier ones."""
 
     title: str
     width: float
     height: float
     description: str
-    rules: Sequence[Rule] = ()
-    labels: Sequence[Label] = ()
-    bars: Sequence[Bar] = ()
-    curves: Sequence[tuple[str, int]] = ()
-    dots: Sequence[Dot] = ()
+    shapes: Sequence[Markup]
     legend: Sequence[LegendEntry] = ()
+
+
+def _rule(x1: float, x2: float, y1: float, y2: float, style: str = "grid") -> Markup:
+    """Return a straight line."""
+    line = Markup('<line x1="{:.1f}" x2="{:.1f}" y1="{:.1f}" y2="{:.1f}" class="{}"/>')
+    return line.format(x1, x2, y1, y2, style)
+
+
+def _label(text: str, x: float, y: float, anchor: str = "middle", style: str = "tick") -> Markup:
+    label = Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}" class="{}">{}</text>')
+    return label.format(x, y, anchor, style, text)
+
+
+def _dot(
+    x: float, y: float, colour: int, title: str, source: Source, style: str = "dot", radius: float = 3.2
+) -> Markup:
+    """Return a point. title: its tooltip."""
+    dot = '<circle cx="{:.1f}" cy="{:.1f}" r="{}" class="{} s{}"><title data-source="{}">{}</title></circle>'
+    return Markup(dot).format(x, y, radius, style, colour, source.location, title)
 
 
 def line_chart(title: str, series: Sequence[Series], form: str = ".3f", zero: bool = False) -> Chart | None:
@@ -134,20 +108,20 @@ def line_chart(title: str, series: Sequence[Series], form: str = ".3f", zero: bo
     texts = {value: f"{tick_text(100 * value)}%" if form.endswith("%") else tick_text(value) for value in y.ticks(4)}
     left = max(LEFT, 8 + CHARACTER * max(map(len, texts.values()), default=0))
     x = Axis(0, max(1, *(line.steps[-1] for line in series)), left, WIDTH - RIGHT)
-    rules, labels = _grid(x, y, texts)
+    shapes, dots = _grid(x, y, texts), []
     if y.low < 0:
-        rules.append(Rule(x.start, x.end, y(0), y(0), "axis"))
-    curves, dots = [], []
+        shapes.append(_rule(x.start, x.end, y(0), y(0), "axis"))
     for line in series:
         points = [(s, v) for s, v in zip(line.steps, line.values, strict=True) if math.isfinite(v.value)]
-        curves.append((" ".join(f"{x(step):.1f},{y(value.value):.1f}" for step, value in points), line.colour))
+        places = " ".join(f"{x(step):.1f},{y(value.value):.1f}" for step, value in points)
+        shapes.append(Markup('<polyline points="{}" class="line s{}"/>').format(places, line.colour))
         style = "dot" if len(points) <= FEW_POINTS else "mark"
         for step, value in points if len(points) <= MAX_MARKS else ():
             text = f"{line.label}, step {step}: {format_number(value.value, form)}"
-            dots.append(Dot(x(step), y(value.value), line.colour, text, value.location, style))
+            dots.append(_dot(x(step), y(value.value), line.colour, text, value, style))
     legend = [LegendEntry(line.label, line.colour, line.values[-1], form) for line in series]
     description = f"{title}, over steps: {', '.join(line.label for line in series)}"
-    return Chart(title, WIDTH, HEIGHT, description, rules, labels, (), curves, dots, legend)
+    return Chart(title, WIDTH, HEIGHT, description, [*shapes, *dots], legend)
 
 
 def histogram(title: str, counts: Sequence[int], edges: Sequence[float]) -> Chart:
@@ -156,13 +130,14 @@ def histogram(title: str, counts: Sequence[int], edges: Sequence[float]) -> Char
     low, high = min(0.0, edges[0]), max(0.0, edges[-1])
     x = Axis(low, high if low < high else low + 1, RIGHT, WIDTH - RIGHT)
     y = Axis(0, max(1, *counts), height - BOTTOM, 8)
+    bar = Markup('<rect x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}" class="{}"/>')
     bars = [
-        Bar(x(a), y(count), max(0.5, x(b) - x(a) - 1), y(0) - y(count), "bad" if b <= 0 else "good")
+        bar.format(x(a), y(count), max(0.5, x(b) - x(a) - 1), y(0) - y(count), "bad" if b <= 0 else "good")
         for count, a, b in zip(counts, edges, edges[1:], strict=False)
     ]
-    rules = [Rule(x(0), x(0), 4, y(0), "axis")]
-    labels = [Label(tick_text(value), x(value), height - 9) for value in x.ticks(5)]
-    return Chart(title, WIDTH, height, f"Histogram: {title}", rules, labels, bars)
+    labels = [_label(tick_text(value), x(value), height - 9) for value in x.ticks(5)]
+    zero = _rule(x(0), x(0), 4, y(0), "axis")
+    return Chart(title, WIDTH, height, f"Histogram: {title}", [zero, *bars, *labels])
 
 
 def scatter(title: str, points: np.ndarray, colours: Sequence[int], titles: Sequence[Source]) -> Chart:
@@ -170,10 +145,10 @@ def scatter(title: str, points: np.ndarray, colours: Sequence[int], titles: Sequ
     size = 320
     axis = Axis(-1.04, 1.04, 6, size - 6)
     dots = [
-        Dot(axis(px), axis(-py), colour, str(title.value), title.location)
+        _dot(axis(px), axis(-py), colour, str(title.value), title)
         for (px, py), colour, title in zip(points.tolist(), colours, titles, strict=True)
     ]
-    return Chart(title, size, size, f"Map of papers: {title}", dots=dots)
+    return Chart(title, size, size, f"Map of papers: {title}", dots)
 
 
 def dot_rows(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, int, Source]]]]) -> Chart:
@@ -184,17 +159,16 @@ def dot_rows(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, int, Sour
     spacing, left = 44, 12
     height = len(rows) * spacing + 24
     x = Axis(0, 1.0, left, WIDTH - left)
-    rules = [Rule(x(value), x(value), 4, height - 22) for value in x.ticks(5)]
-    labels = [Label(tick_text(value), x(value), height - 7) for value in x.ticks(5)]
-    dots, systems = [], {}
+    shapes = [_rule(x(value), x(value), 4, height - 22) for value in x.ticks(5)]
+    shapes += [_label(tick_text(value), x(value), height - 7) for value in x.ticks(5)]
+    systems = {}
     for number, (name, values) in enumerate(rows):
         y = number * spacing + 30
-        labels.append(Label(name, left, y - 12, "start", "name"))
-        rules.append(Rule(left, WIDTH - left, y, y))
+        shapes += [_label(name, left, y - 12, "start", "name"), _rule(left, WIDTH - left, y, y)]
         for system, colour, value in values:
-            dots.append(Dot(x(value.value), y, colour, f"{system}: {value.value:.4f}", value.location, radius=6))
+            shapes.append(_dot(x(value.value), y, colour, f"{system}: {value.value:.4f}", value, radius=6))
             systems[system] = LegendEntry(system, colour)
-    return Chart(title, WIDTH, height, title, rules, labels, dots=dots, legend=list(systems.values()))
+    return Chart(title, WIDTH, height, title, shapes, list(systems.values()))
 
 
 def value_range(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
@@ -229,13 +203,12 @@ def tick_text(value: float) -> str:
     return re.sub(r"e(.)0+(?=\d)", r"e\1", text)  # 1.5e-5
 
 
-def _grid(x: Axis, y: Axis, texts: Mapping[float, str]) -> tuple[list[Rule], list[Label]]:
+def _grid(x: Axis, y: Axis, texts: Mapping[float, str]) -> list[Markup]:
     """Return horizontal lines with their values, and the steps below. texts: the values and how to write them."""
-    rules = [Rule(x.start, x.end, y(value), y(value)) for value in texts]
-    labels = [Label(text, x.start - 5, y(value) + 4, "end") for value, text in texts.items()]
-    labels.append(Label("step", 0, y.start + 17, "start"))
-    labels += [Label(tick_text(value), x(value), y.start + 17) for value in x.ticks(4)]
-    return rules, labels
+    rules = [_rule(x.start, x.end, y(value), y(value)) for value in texts]
+    values = [_label(text, x.start - 5, y(value) + 4, "end") for value, text in texts.items()]
+    steps = [_label(tick_text(value), x(value), y.start + 17) for value in x.ticks(4)]
+    return [*rules, *values, _label("step", 0, y.start + 17, "start"), *steps]
 
 
 def _thin(line: Series) -> Series:

@@ -222,7 +222,7 @@ def test_plot_shows_the_best_and_the_default():
     assert best_of(FIGURES, "encode", "texts/s") is FIGURES[1]
     assert best_of(FIGURES, "search", "texts/s") is None
     chart = plot(FIGURES)
-    assert [dot.title.split(": ")[1] for dot in chart.dots] == ["0.6000", "0.2000", "0.1000"]
+    assert re.findall(r": (.*?)</title>", "".join(chart.shapes)) == ["0.6000", "0.2000", "0.1000"]
     assert plot(FIGURES[3:]) is None
 
 
