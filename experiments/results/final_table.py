@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from datamodules.files import read_json, write_json
+from datamodules.files import write_json
 from datamodules.records import Benchmark, UserError
 from experiments.build.models import System
 from experiments.build.module import start_of
@@ -14,14 +14,7 @@ from experiments.config.experiment import LAST
 from experiments.config.schema import Config
 from experiments.results.measuring import evaluate_system
 from experiments.results.result_tables import result_tables
-from experiments.results.results import (
-    Benchmarks,
-    Results,
-    RunInfo,
-    combine,
-    tables_from_json,
-    tables_to_json,
-)
+from experiments.results.results import Benchmarks, Results, RunInfo, combine, read_tables, tables_to_json
 from experiments.run.folder import RunFolder
 from experiments.shared.table_formats import print_tables
 from lightning_modules.distributed.collectives import rank
@@ -149,10 +142,9 @@ class FinalTable:
                 log.warning("the final table has no baselines: they are only evaluated when a run starts")
             return {}
         try:
-            content = read_json(self.baselines_file, {"benchmarks": dict})
-            tables = tables_from_json(content["benchmarks"])
-        except (UserError, KeyError, TypeError, AttributeError) as error:
-            log.warning("%s is damaged (%s), so the final table has no baselines", self.baselines_file, error)
+            content, tables = read_tables(self.baselines_file)
+        except UserError as error:
+            log.warning("the final table has no baselines: %s", error)
             return {}
         now = {benchmark.name: (benchmark.protocol, benchmark.fingerprint()) for benchmark in self.benchmarks}
         then = {name: (table.protocol, table.data) for name, table in tables.items()}

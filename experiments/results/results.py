@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.files import RECREATED, read_json, write_json
-from datamodules.records import UserError, check_name
+from datamodules.records import UserError, check_name, explained
 
 OMITTED_IF_NONE = (
     "document_fingerprint",
@@ -156,15 +156,12 @@ class Results:
 
 def read_results(path: Path) -> Results:
     """Read a results.json of a run or of `make eval`. Raises UserError if it is damaged or is another kind of file."""
-    content = read_json(path, {"benchmarks": dict})
+    content, benchmarks = read_tables(path)
     if not isinstance(content.get("metrics", []), list):  # files of earlier versions have none
         raise UserError(f"{path}: expected a list as metrics. {RECREATED}")
-    try:
-        benchmarks = tables_from_json(content["benchmarks"])
-        info = RunInfo if "experiment" in content else EvaluationInfo
-        return Results(info=info(**_known(info, content)), benchmarks=benchmarks)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: expected the results of benchmarks. {RECREATED}") from error
+    kind = RunInfo if "experiment" in content else EvaluationInfo
+    with explained(f"{path}: expected the origin of the results. {RECREATED}", TypeError):
+        return Results(info=kind(**_known(kind, content)), benchmarks=benchmarks)
 
 
 def read_run_results(path: Path) -> tuple[Results, RunInfo]:
@@ -173,6 +170,13 @@ def read_run_results(path: Path) -> tuple[Results, RunInfo]:
     if not isinstance(results.info, RunInfo):
         raise UserError(f"{path}: expected the results of a training run. {RECREATED}")
     return results, results.info
+
+
+def read_tables(path: Path) -> tuple[dict[str, Any], Benchmarks]:
+    """Read a file with the tables of benchmarks, and return its content and the tables. Raises UserError as above."""
+    content, errors = read_json(path, {"benchmarks": dict}), (KeyError, TypeError, AttributeError, ValueError)
+    with explained(f"{path}: expected the results of benchmarks. {RECREATED}", *errors):
+        return content, tables_from_json(content["benchmarks"])
 
 
 def tables_to_json(tables: Benchmarks) -> dict[str, Any]:

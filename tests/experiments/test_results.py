@@ -1,10 +1,13 @@
 """results.json as dataclasses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
-from datamodules.records import UserError
+from datamodules.records import Benchmark, UserError
+from experiments.config.experiment import load_config
+from experiments.results.final_table import FinalTable
 from experiments.results.results import EvaluationInfo, RunInfo, read_results
 
 COST = {"texts": 9, "tokens": 99, "texts_per_second": None, "devices": 1, "device_seconds": 1.5, "memory_mb": 100}
@@ -86,6 +89,16 @@ def test_old_results_without_costs_and_protocols_are_read(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps(RUN | {"benchmarks": {"toy": old}}))
     table = read_results(tmp_path / "results.json").benchmarks["toy"]
     assert (table.protocol, table.systems["trained"].cost) == (None, None)
+
+
+@pytest.mark.parametrize("metrics", [{"f1": "high"}, {"f1": None}, 3])
+def test_damaged_baselines_are_left_out_of_the_final_table(metrics, tmp_path, caplog):
+    """Text in place of a number ended a run in a traceback, after its training."""
+    benchmark = Benchmark("toy", "search", "test", {}, {}, {})
+    table = FinalTable(load_config("vanilla"), [benchmark], SimpleNamespace(path=tmp_path))
+    (tmp_path / "baselines.json").write_text(json.dumps({"benchmarks": {"toy": {"systems": {"bm25": metrics}}}}))
+    assert table._read_baselines() == {}
+    assert "the final table has no baselines" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"benchmarks": {"toy": 1}}', "{"])
