@@ -173,13 +173,15 @@ def seeds_of(systems: Sequence[MeasuredSystem]) -> tuple[int, ...]:
 
 
 def aligned_values(
-    a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem], benchmark: str, metric: str
+    a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem], benchmark: str, metric: str, benchmark_b: str = ""
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Return the values of two systems on the same queries, (S, Q) and (S', Q), and the queries.
 
-    a, b: seeds of each system. Raises UserError if the queries differ.
+    a, b: seeds of each system. benchmark_b: benchmark of B, by default that of A. Raises UserError if the queries
+    differ.
     """
-    tables = [system.values(benchmark, metric) for system in (*a, *b)]
+    tables = [system.values(benchmark, metric) for system in a]
+    tables += [system.values(benchmark_b or benchmark, metric) for system in b]
     queries = list(tables[0])
     if not queries:
         raise UserError(f"{benchmark}: no query was measured")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.records import UserError
-from experiments.results.comparison import MeasuredSystem
+from experiments.results.comparison import MeasuredSystem, aligned_values
 from experiments.run.trials import read_rows
 from experiments.shared.table_formats import Column, Table
 from lightning_modules.retrieval.significance import bootstrap_interval
@@ -57,10 +57,10 @@ def interference(
     measured: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
     for name, own in transplants.items():
         if all({name, own} <= system.benchmarks.keys() for system in systems):
-            pair = _values(systems, name, own, benchmarks[own]["metric"])
-            measured[benchmarks[own]["task"], benchmarks[name]["task"]].append(pair)
+            by_other, by_own, _ = aligned_values(systems, systems, name, benchmarks[own]["metric"], own)
+            measured[benchmarks[own]["task"], benchmarks[name]["task"]].append((by_other, by_own))
     cosines: dict[tuple[str, str], float] = {}
-    for key in runs[0]["cosines"] if all(run["cosines"] for run in runs) else ():
+    for key in sorted(set.intersection(*(set(run["cosines"]) for run in runs))):
         task, other = key.split("/")
         cosines[task, other] = cosines[other, task] = statistics.fmean(run["cosines"][key] for run in runs)
     if not cosines and all(np.array_equal(a, b) for pairs in measured.values() for a, b in pairs):
@@ -74,14 +74,6 @@ def interference(
             low, high = bootstrap_interval(pairs, paired_seeds=True)
             row |= {"own": by_own, "transplanted": by_other, "difference": by_other - by_own, "low": low, "high": high}
         yield row
-
-
-def _values(systems: Sequence[MeasuredSystem], name: str, own: str, metric: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the values of a transplant and of the own task on the same queries, (S, Q) each."""
-    tables = [[system.values(benchmark, metric) for system in systems] for benchmark in (name, own)]
-    queries = list(tables[0][0])
-    by_other, by_own = (np.array([[table[query] for query in queries] for table in side]) for side in tables)
-    return by_other, by_own
 
 
 def interference_table(rows: Sequence[Content]) -> Table:

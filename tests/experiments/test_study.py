@@ -23,6 +23,7 @@ from experiments.config.study_file import read_study, studies
 from experiments.evaluate import EvaluateOptions
 from experiments.merge import MergeOptions
 from experiments.mine import MineOptions
+from experiments.results.interference import interference
 from experiments.results.study_page import collect, page, plot_of, records
 from experiments.run import jobs as jobs_module
 from experiments.run.jobs import JobRunner, is_complete, seconds_of
@@ -325,6 +326,13 @@ def test_interference_and_forgetting_are_those_of_the_files(make_study):
     shown = {line.split("|")[1].strip(): numbers(line)[0] for line in table.splitlines() if "| links |" in line}
     assert list(shown) == sorted(gained, key=gained.get)
     assert shown == pytest.approx(gained, abs=0.05 + 1e-9)
+
+
+def test_cosines_are_of_the_pairs_that_every_seed_logged():
+    """A pair whose cosine was never finite in one seed ended the page in a KeyError."""
+    runs = [{"cosines": {"a/b": 0.5, "a/c": 0.1}}, {"cosines": {"a/b": 0.3}}]
+    rows = [(row["task"], row["other"], row["cosine"]) for row in interference("moe", runs, [], {}, {})]
+    assert rows == [("a", "b", pytest.approx(0.4)), ("b", "a", pytest.approx(0.4))]
 
 
 @pytest.mark.parametrize(
