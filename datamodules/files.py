@@ -135,6 +135,22 @@ def write_json(path: Path, content: Any, **options: Any) -> None:
     write_text(path, json.dumps(content, **{"indent": 2, **options}))
 
 
+def append_lines(path: Path, text: str) -> None:
+    """Append whole lines to a file, after ending a line that a kill has cut off. On OSError, append nothing."""
+    content = text.encode()
+    with open(path, "ab+", buffering=0) as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            content = content if file.read(1) == b"\n" else b"\n" + content
+        try:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(end)
+            raise
+
+
 def expanded(path: str | Path, key: str, advice: str = "") -> Path:
     """Return a path with ~ replaced by the home folder.
 

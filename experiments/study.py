@@ -19,7 +19,7 @@ from experiments.run.jobs import JobRunner, is_complete
 from experiments.shared.console import counted, entry_point, near
 from experiments.shared.output import writable_folder
 from experiments.shared.table_formats import Column, Format, Table, format_option, print_tables, reserve_stdout
-from lightning_modules.distributed.signals import PREEMPTED, Preempted
+from lightning_modules.distributed.signals import Preempted
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def _run(runner: JobRunner, study: Study) -> None:
     except Preempted as preempted:
         left = sum(not is_complete(study.folder, job) for job in runner.jobs)
         log.info("%s: %s left; the same command continues", preempted, counted(left, "job"))
-        sys.exit(130 if preempted.signal and preempted.signal.name == "SIGINT" else PREEMPTED)
+        sys.exit(preempted.status)
 
 
 def write_page(study: Study, folder: Path) -> Mapping[str, Any]:

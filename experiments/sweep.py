@@ -24,7 +24,7 @@ from experiments.config.sweep_file import Sweep, as_override, check_trials, read
 from experiments.run.trials import Controller, Trial
 from experiments.shared.console import entry_point, near, table_console, verbosity
 from experiments.shared.plain import say
-from lightning_modules.distributed.signals import PREEMPTED, Preempted
+from lightning_modules.distributed.signals import Preempted
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ def run_all(controller: Controller) -> None:
         controller.run()
     except Preempted as preempted:
         log.info("%s: the same command resumes the sweep", preempted)
-        sys.exit(130 if preempted.signal and preempted.signal.name == "SIGINT" else PREEMPTED)
+        sys.exit(preempted.status)
     finally:
         rows = ranking(controller)
         content = {"sweep": sweep.name, "experiment": sweep.experiment, "overrides": list(sweep.overrides)}

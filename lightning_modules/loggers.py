@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from datamodules.files import atomic_file
+from datamodules.files import append_lines, atomic_file
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +96,7 @@ class JsonlLogger(RunLogger):
         self._unwritten.append(json.dumps(row) + "\n")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            _append(self.path, "".join(self._unwritten).encode())
+            append_lines(self.path, "".join(self._unwritten))
             self._unwritten.clear()
         except OSError as error:
             if len(self._unwritten) == 1:
@@ -187,18 +185,3 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
-
-
-def _append(path: Path, content: bytes) -> None:
-    """Append whole lines to a file, after ending a line that a kill has cut off. On OSError, append nothing."""
-    with open(path, "ab+", buffering=0) as file:
-        end = file.seek(0, os.SEEK_END)
-        if end:
-            file.seek(end - 1)
-            content = content if file.read(1) == b"\n" else b"\n" + content
-        try:
-            if file.write(content) < len(content):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        except OSError:
-            file.truncate(end)
-            raise

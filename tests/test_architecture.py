@@ -141,7 +141,9 @@ def test_methods_that_subclasses_implement_are_abstract():
         assert not re.search(r"raise NotImplementedError\b", text), path
         if "@abstractmethod" in text:
             module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-            classes = [each for each in vars(module).values() if inspect.isclass(each)]
+            classes = [
+                each for each in vars(module).values() if inspect.isclass(each) and each.__module__ == module.__name__
+            ]
             abstract |= {
                 each for each in classes if any(getattr(m, "__isabstractmethod__", 0) for m in vars(each).values())
             }

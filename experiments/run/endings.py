@@ -31,7 +31,7 @@ from lightning_modules.callbacks.heartbeat import Heartbeat
 from lightning_modules.callbacks.preemption import Preemption
 from lightning_modules.checkpoint_files import candidates, read_checkpoint
 from lightning_modules.distributed import launch
-from lightning_modules.distributed.signals import PREEMPTED, Preempted
+from lightning_modules.distributed.signals import Preempted
 from lightning_modules.loggers import RunLogger
 
 log = logging.getLogger(__name__)
@@ -76,14 +76,14 @@ def exit_status(preempted: Preempted, folder: Path) -> int:
         return 0
     if preempted.signal == signal.SIGINT:
         say(f"interrupted: {describe_resuming(folder)}", sys.stderr)
-        return 128 + signal.SIGINT
+        return preempted.status
     log.info("preempted by %s: %s", preempted, describe_resuming(folder))
     job = launch.slurm_job()
     if job is None:
-        return PREEMPTED
+        return preempted.status
     if preempted.signal == signal.SIGTERM:
         return 128 + signal.SIGTERM
-    return 0 if _requeue(job) else PREEMPTED
+    return 0 if _requeue(job) else preempted.status
 
 
 def _requeue(job: str) -> bool:

@@ -14,30 +14,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import starmap
 from pathlib import Path
-from queue import SimpleQueue
 from typing import IO, Any
 
-from datamodules.files import open_new
+from datamodules.files import append_lines
 from datamodules.locks import lock_file
 from datamodules.records import UserError
 from experiments.config.experiment import ROOT
 from experiments.config.sweep_file import Sweep, as_override
 from experiments.config.sweep_parameters import suggest_trial
+from experiments.run.runner import Runner, log_tail, send
 from experiments.shared.console import near
-from lightning_modules.distributed.signals import ASKING, PREEMPTED, Preempted
+from lightning_modules.distributed.signals import PREEMPTED
 
 log = logging.getLogger(__name__)
 
 MAX_FAILED = 3  # the sweep ends if that many trials fail before any has succeeded
 POLL_EVERY = 3.0  # seconds between two checks of the metric that a trial logs
 REPORT_EVERY = 20.0  # seconds between two log lines on a trial's progress
-LOG_TAIL = 15  # lines of a failed trial's log in the error message
 ENDED = ("finished", "stopped")  # stopped: by early_terminate
 INHERITED_VARIABLES = ("EXTRAS", "PY", "PYTHON", "VENV")  # variables of an outer make that a trial inherits
 
@@ -93,26 +91,12 @@ class Trial:
     def _rows(self) -> list[dict[str, Any]]:
         return [row for row in read_rows(self.folder / "metrics.jsonl") if _is_number(row.get("step"))]
 
-    def log_tail(self) -> str:
-        return "\n".join(self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_TAIL:])
-
     def exit_status(self, command: str, status: int) -> int:
         """Return the exit status of the training. make itself always exits with 2, but prints that status last."""
         if command != "make" or status != 2:
             return status
-        statuses = re.findall(r"^make: \*\*\* .* Error (\d+)$", self.log_tail(), re.MULTILINE)
+        statuses = re.findall(r"^make: \*\*\* .* Error (\d+)$", log_tail(self.log), re.MULTILINE)
         return int(statuses[-1]) if statuses else status
-
-    @contextmanager
-    def lock(self, wait: Callable[[], bool]) -> Iterator[IO[str] | None]:
-        """Hold the lock on the trial. Yields None if another controller, or a process left by a killed one, runs it.
-
-        wait: function that pauses, and returns whether to try again.
-        """
-        while (file := lock_file(self.folder.with_suffix(".lock"), wait=False)) is None and wait():
-            pass
-        with file or nullcontext():
-            yield file
 
 
 def trials_of(sweep: Sweep, folder: Path) -> list[Trial]:
@@ -135,23 +119,21 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class Controller:
-    """Runs the trials of a sweep in parallel processes. After a kill, another controller continues the sweep.
+class Controller(Runner[Trial]):
+    """Runs the trials of a sweep. After a kill, another controller continues the sweep.
 
     The sweep's folder holds the trials' runs, and trials.jsonl with the states of each trial. Several controllers, on
     one or several machines, may share a folder: each trial is run by one of them at a time.
     """
 
     def __init__(self, sweep: Sweep, folder: Path, parallel: int = 1, retry_failed: bool = False):
-        self.sweep, self.folder, self.parallel, self.retry_failed = sweep, folder, parallel, retry_failed
+        super().__init__(parallel)
+        self.sweep, self.folder, self.retry_failed = sweep, folder, retry_failed
         self.trials = trials_of(sweep, folder)
-        self.signal: signal.Signals | None = None  # signal that asked this controller to end
         self._stop_reasons: dict[int, dict[str, Any]] = {}  # number of a trial that is being stopped -> step and reason
         self._failed: list[Trial] = []
         self._any_succeeded = False
-        self._processes: dict[int, subprocess.Popen] = {}
         self._writing = threading.Lock()
-        self._slots: SimpleQueue[int] = SimpleQueue()
 
     def states(self) -> dict[int, dict[str, Any]]:
         """Return the last row of trials.jsonl of each trial, by number."""
@@ -175,50 +157,31 @@ class Controller:
         Raises Preempted after a signal; the trials have saved by then. Raises UserError if the first trials all fail.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for number in ASKING:
-            signal.signal(number, self._on_signal)
-        for slot in range(self.parallel):
-            self._slots.put(slot)
-        with ThreadPoolExecutor(self.parallel) as pool:
-            free = list(pool.map(lambda trial: self._run(trial, lambda: False), self.trials))
-            busy = [trial for trial, was_free in zip(self.trials, free, strict=True) if not was_free]
-            if busy and self.signal is None:
-                log.info("waiting for %d trials that other processes are running", len(busy))
-            list(pool.map(lambda trial: self._run(trial, self._wait), busy))
-        if self.signal is not None:
-            raise Preempted(self.signal)
+        self.run_all(self.trials)
         if self._is_hopeless():
             raise UserError(
                 f"the first {len(self._failed)} trials failed; the log of the last one ends with\n"
-                f"{self._failed[-1].log_tail()}"
+                f"{log_tail(self._failed[-1].log)}"
             )
 
     def _is_hopeless(self) -> bool:
         return len(self._failed) >= MAX_FAILED and not self._any_succeeded
 
-    def _wait(self) -> bool:
-        time.sleep(1)
-        return self.signal is None
+    def lock_of(self, trial: Trial) -> Path:
+        return trial.folder.with_suffix(".lock")
 
-    def _run(self, trial: Trial, wait: Callable[[], bool]) -> bool:
-        """Run a trial unless it has ended. Returns False if another process is running it. wait: see Trial.lock."""
-        if self.signal is not None or self._is_hopeless():
-            return True
-        slot = self._slots.get()
-        try:
-            with trial.lock(wait) as lock:
-                if lock is None:
-                    return False
-                recorded = self.states().get(trial.number, {})
-                trial = dataclasses.replace(trial, values=recorded.get("parameters", trial.values))
-                state = recorded.get("state")
-                if trial.has_results and state != "finished":  # it ran in a job array, or its controller was killed
-                    self._record(trial, "finished", value=self._best(trial))
-                elif state not in ENDED and (state != "failed" or self.retry_failed):
-                    self._run_to_its_end(self._start(trial), slot, lock)
-            return True
-        finally:
-            self._slots.put(slot)
+    def may_start(self, trial: Trial) -> bool:
+        return not self._is_hopeless()
+
+    def run_item(self, trial: Trial, lock: IO[str]) -> None:
+        """Run a trial unless it has ended."""
+        recorded = self.states().get(trial.number, {})
+        trial = dataclasses.replace(trial, values=recorded.get("parameters", trial.values))
+        state = recorded.get("state")
+        if trial.has_results and state != "finished":  # it ran in a job array, or its controller was killed
+            self._record(trial, "finished", value=self._best(trial))
+        elif state not in ENDED and (state != "failed" or self.retry_failed):
+            self._run_to_its_end(self._start(trial), lock)
 
     def _start(self, trial: Trial) -> Trial:
         """Record that a trial starts, and return it. With `method: bayes`, this chooses its values."""
@@ -234,12 +197,12 @@ class Controller:
             self._record(trial, "started")
         return trial
 
-    def _run_to_its_end(self, trial: Trial, slot: int, lock: IO[str]) -> None:
+    def _run_to_its_end(self, trial: Trial, lock: IO[str]) -> None:
         """Run a trial, resuming it whenever it is preempted, until it finishes, fails or is stopped."""
         while True:
             log.info("trial %d of %d: %s", trial.number, len(self.trials), trial)
             start = time.monotonic()
-            status = self._run_process(trial, slot, lock)
+            status = self._run_process(trial, lock)
             state, value = self._state(trial, status), self._best(trial)
             reason = self._stop_reasons[trial.number] if state == "stopped" else {}
             self._record(trial, state, status=status, seconds=round(time.monotonic() - start, 1), value=value, **reason)
@@ -256,18 +219,14 @@ class Controller:
         else:
             log.info("trial %d was preempted and will be resumed later", trial.number)
 
-    def _run_process(self, trial: Trial, slot: int, lock: IO[str]) -> int:
+    def _run_process(self, trial: Trial, lock: IO[str]) -> int:
         command = self.sweep.command(trial.arguments(self.sweep))
         if command[0] == "make" and (ROOT / "Makefile").is_file():
             command += _make_variables()
         elif command[0] == "make":  # installed as a package
             command[0:1] = [sys.executable, "-m", "experiments"]
-        process = start(command, trial.log, environment(slot, self.parallel), lock, ROOT)
-        self._processes[trial.number] = process
-        if self.signal is not None:  # the signal came before the process was registered
-            send(process, self.signal)
-        status = self._watch(trial, process)
-        del self._processes[trial.number]
+        with self.process(command, trial.log, lock, ROOT) as process:
+            status = self._watch(trial, process)
         return trial.exit_status(command[0], status)
 
     def _watch(self, trial: Trial, process: subprocess.Popen) -> int:
@@ -310,61 +269,8 @@ class Controller:
 
     def _record(self, trial: Trial, state: str, **details: Any) -> None:
         row = {"trial": trial.number, "state": state, "parameters": trial.values, "time": round(time.time(), 1)}
-        with self._writing, open(self.folder / "trials.jsonl", "ab+", buffering=0) as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            is_cut_short = file.read(1) not in (
-                b"",
-                b"\n",
-            )  # the new row must not continue a torn line
-            file.write(("\n" * is_cut_short + json.dumps(row | details) + "\n").encode())
-
-    def _on_signal(self, number: int, _frame: object) -> None:
-        self.signal = signal.Signals(number)
-        for process in list(self._processes.values()):
-            send(process, self.signal)
-
-
-def start(
-    command: Sequence[str], path: Path, variables: Mapping[str, str], lock: IO[str], folder: Path | None = None
-) -> subprocess.Popen:
-    """Start a command whose output is appended to the file at `path`. folder: working directory, by default this one.
-
-    lock: lock that is held until the command ends, even if this process is killed.
-    """
-    with open_new(path, keep=True) as output:
-        return subprocess.Popen(
-            command,
-            cwd=folder,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=variables,
-            process_group=0,  # so that only this process passes signals on to it
-            pass_fds=[lock.fileno()],
-        )
-
-
-def send(process: subprocess.Popen, number: signal.Signals) -> None:
-    """Send a signal to a process and all that it has started, unless it has ended."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-def environment(slot: int, parallel: int) -> dict[str, str]:
-    """Return the environment of a trial: no variables of an outer make, and a GPU of its own if trials run in parallel.
-
-    slot: index of the trial among the `parallel` ones that run at the same time.
-    """
-    variables = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-    variables |= {"LC_ALL": "C", "PYTHONUNBUFFERED": "1"}
-    if parallel > 1:
-        import torch
-
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",") if visible else [str(index) for index in range(torch.cuda.device_count())]
-        if gpus:
-            variables["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    return variables
+        with self._writing:
+            append_lines(self.folder / "trials.jsonl", json.dumps(row | details) + "\n")
 
 
 def _make_variables() -> list[str]:

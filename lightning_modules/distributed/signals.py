@@ -28,6 +28,11 @@ class Preempted(Exception):
         super().__init__(asked.name if asked else "another rank received a signal")
         self.signal = asked
 
+    @property
+    def status(self) -> int:
+        """Exit status of the command: 130 after Ctrl-C, else PREEMPTED."""
+        return 128 + signal.SIGINT if self.signal == signal.SIGINT else PREEMPTED
+
 
 def catch() -> None:
     """Record SIGUSR1 and SIGTERM from now on, instead of terminating."""

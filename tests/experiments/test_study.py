@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
+from datamodules.locks import lock_file
 from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
 from experiments.config.arguments import parse
@@ -28,6 +29,7 @@ from experiments.results.study_page import collect, page, plot_of, records
 from experiments.run import jobs as jobs_module
 from experiments.run.jobs import JobRunner, is_complete, seconds_of
 from experiments.study import StudyOptions, _chosen, main
+from lightning_modules.distributed.signals import Preempted
 from tests.conftest import toy_collection
 
 ROOT = Path(__file__).parents[2]
@@ -185,7 +187,7 @@ def test_a_failed_job_stops_only_those_that_need_it_and_runs_again(make_study, c
 def test_running_commands_end_when_the_time_is_up_and_continue_later(make_study, calls, tmp_path):
     study = make_study(FILE.replace("mine {folder}", "mine {folder} {seed}").replace('{train}"', 'sleep"'))
     started = time.monotonic()
-    with pytest.raises(jobs_module.Preempted):
+    with pytest.raises(Preempted):
         JobRunner(study.folder, study.jobs, parallel=2, minutes=2 / 60).run()
     assert time.monotonic() - started < 30
     assert [call[0] for call in calls()].count("mine") == 0
@@ -199,8 +201,8 @@ def test_a_command_that_ends_well_during_the_stop_is_not_run_again(make_study, m
     """`make merge`, for one, refuses the folder that it has made."""
     study = make_study()
     runner = JobRunner(study.folder, study.jobs[1:2])
-    monkeypatch.setattr(runner, "_run_process", lambda *_: runner._stop(signal.SIGTERM) or 0)
-    with pytest.raises(jobs_module.Preempted):
+    monkeypatch.setattr(runner, "_run_command", lambda *_: runner.stop(signal.SIGTERM) or 0)
+    with pytest.raises(Preempted):
         runner.run()
     assert len(seconds_of(study.folder, study.jobs[1])) == 1
 
@@ -228,6 +230,16 @@ def test_two_runners_share_the_jobs_of_a_folder(make_study, calls):
     processes = [subprocess.Popen(command, cwd=ROOT, env=dict(os.environ)) for _ in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]
     assert len(calls()) == 9
+
+
+def test_a_job_that_another_machine_runs_does_not_hold_up_the_others(make_study):
+    """A second machine waited for the job of the first one, so the two never ran jobs at the same time."""
+    study = make_study()
+    study.folder.mkdir()
+    with lock_file(study.folder / "one-seed0.lock"), pytest.raises(Preempted):
+        JobRunner(study.folder, study.jobs, minutes=4 / 60).run()
+    complete = [job.name for job in study.jobs if is_complete(study.folder, job)]
+    assert complete == ["start", "one-seed1", "both-seed1"]
 
 
 def test_chosen_arms_and_seeds_bring_those_they_need(make_study):

@@ -14,7 +14,8 @@ from datamodules.records import UserError
 from experiments.config import sweep_file
 from experiments.config.sweep_file import check_trials, read_sweep, sweeps
 from experiments.run import trials as trials_module
-from experiments.run.trials import Controller, Trial, environment
+from experiments.run.runner import environment
+from experiments.run.trials import Controller, Trial
 from experiments.slurm import slurm
 from experiments.sweep import main as sweep
 from experiments.train import train

@@ -15,7 +15,6 @@ from datamodules.store import locked
 from experiments import data
 from experiments.run import lock as run_lock
 from experiments.run.lock import lock_run
-from experiments.run.trials import Trial
 
 
 def fork_holder(folder):
@@ -98,19 +97,12 @@ def test_the_lock_stays_with_the_folder_that_replaces_an_old_run(tmp_path, monke
     ]
 
 
-def take_trial_lock(folder):
-    trial = Trial(0, {}, folder / "t000")
-    with trial.lock(lambda: False) as lock:
-        assert lock
-
-
 # Each place that locks a file: a call with the folder, and the path of the lock in it.
 PLACES = {
     "run": (lambda folder: lock_run(folder).__enter__(), ".lock"),
     "cache": (lambda folder: locked(folder / "copy").__enter__(), ".copy.lock"),
     "data": (lambda folder: data._locked(folder).__enter__(), ".lock"),
-    "trial": (take_trial_lock, "t000.lock"),
-    "trials": (lambda folder: locks.lock_file(folder / "trials.lock"), "trials.lock"),
+    "trial": (lambda folder: locks.lock_file(folder / "t000.lock"), "t000.lock"),
 }
 
 
