@@ -19,7 +19,7 @@ from datamodules.options import option
 from datamodules.readers.beir import write_beir
 from datamodules.records import Collection, Reader, UserError, check_choices, explained
 from experiments.config.arguments import parse
-from experiments.config.targets import accepted_arguments, check_target, instantiate
+from experiments.config.targets import check_target, instantiate
 from experiments.download.fetch import check_url
 from experiments.download.recipe import (
     COUNTS,
@@ -147,9 +147,8 @@ class Output:
             log.warning("%s: built without %s. %s", name, source, self.sources.instructions(source))
         node = resolve_paths(reader_node(self.spec, self.missing), self.sources.folder)
         node = check_target(f"outputs.{name}.reader", node, Reader)
-        defaults = {"on_error": on_error, "quarantine": str(self.folder.with_name(f"{name}.quarantine.jsonl"))}
-        accepted = [key for key in accepted_arguments(node, defaults) if key not in node]
-        reader = instantiate(node, f"outputs.{name}.reader", **{key: defaults[key] for key in accepted})
+        quarantine = str(self.folder.with_name(f"{name}.quarantine.jsonl"))
+        reader = instantiate(node, f"outputs.{name}.reader", on_error=on_error, quarantine=quarantine)
         with Progress(f"building {name}"):
             collection = merge_splits(reader.read(), self.spec.splits, name)
             stamp = {"fingerprint": self.fingerprint(), "without": self.missing}

@@ -21,6 +21,13 @@ log = logging.getLogger(__name__)
 class RunLogger(Logger):
     """A logger of metrics that may also accept tables, pictures, histograms and models. By default they are ignored."""
 
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Log nothing: the configuration is in the run's config.yaml."""
+
     def log_table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None: ...
 
     def log_picture(self, name: str, path: Path, step: int) -> None:
@@ -74,10 +81,6 @@ class JsonlLogger(RunLogger):
     def name(self) -> str:
         return "jsonl"
 
-    @property
-    def version(self) -> str:
-        return ""
-
     @rank_zero_only
     def rewind(self, step: int) -> None:
         rows = self.path.read_bytes().splitlines(keepends=True) if self.path.is_file() else []
@@ -103,9 +106,6 @@ class JsonlLogger(RunLogger):
                 log.warning(
                     "%s: cannot be written (%s); keeping rows in memory until it can", self.path, error.strerror
                 )
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Log nothing: the configuration is in the run's config.yaml."""
 
 
 class _TensorBoardLogger(TensorBoardLogger):
@@ -144,10 +144,6 @@ class LightningLogger(RunLogger):
     def name(self) -> str:
         return self._name
 
-    @property
-    def version(self) -> str:
-        return ""
-
     def rewind(self, step: int) -> None:
         self._step = step
 
@@ -165,9 +161,6 @@ class LightningLogger(RunLogger):
         except Exception as error:  # a full disk, for instance
             self._has_failed = True
             log.warning("%s cannot be written (%s): from now on, metrics do not go there", self._name, error)
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Log nothing: the configuration is in the run's config.yaml."""
 
     @rank_zero_only
     def close(self) -> None:

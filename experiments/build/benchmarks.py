@@ -92,9 +92,8 @@ def suite_benchmarks(options: BenchmarkOptions) -> Iterator[Benchmark]:
         log.info("  to get: %s", source or "see the suite's file")
     if not available:
         raise UserError(f"data.root: {options.data_root} has the data of none of these benchmarks")
-    limits = Limits(options.max_queries, options.max_documents)
     for name, config in available.items():
-        benchmark = build_benchmark(name, config, collections, limits)
+        benchmark = build_benchmark(name, config, collections, options.max_queries, options.max_documents)
         if options.similarity and benchmark.similarity:
             benchmark = replace(benchmark, similarity="", protocol=f"{benchmark.protocol}/similarity-of-the-command")
         yield replace(benchmark, task=options.task) if options.task else benchmark
@@ -173,30 +172,22 @@ class CollectionReader:
         return self.last
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Maximum numbers of queries and documents per benchmark; 0 for all."""
-
-    queries: int = 0
-    documents: int = 0
-
-
 def build_benchmark(
-    name: str, config: BenchmarkConfig, collections: CollectionReader, limits: Limits = Limits()
+    name: str, config: BenchmarkConfig, collections: CollectionReader, max_queries: int = 0, max_documents: int = 0
 ) -> Benchmark:
-    """Build a benchmark with its data. Limits that apply change its protocol. Raises UserError."""
+    """Build a benchmark with its data. Maxima that apply change its protocol; 0 is none. Raises UserError."""
     with prefixed(f"{name}: "):
         collection = collections.read(config)
         queries, qrels = _merge_splits(collection, config.splits)
         protocol = config.protocol
-        if 0 < limits.queries < len(queries):
-            protocol += f"/{limits.queries}-of-{len(queries)}-queries"
-            queries = {query: queries[query] for query in _evenly_spaced(list(queries), limits.queries)}
+        if 0 < max_queries < len(queries):
+            protocol += f"/{max_queries}-of-{len(queries)}-queries"
+            queries = {query: queries[query] for query in _evenly_spaced(list(queries), max_queries)}
             qrels = {query: qrels[query] for query in queries}
         training = _merge_splits(collection, config.train_on) if config.train_on else None
         corpus, candidates = _candidates(config, collection.corpus, queries, qrels)
-        if candidates is None and training is None and 0 < limits.documents < len(corpus):
-            corpus = _smaller_corpus(corpus, qrels, limits.documents)
+        if candidates is None and training is None and 0 < max_documents < len(corpus):
+            corpus = _smaller_corpus(corpus, qrels, max_documents)
             protocol += f"/{len(corpus)}-documents"
         first = _labels_ranked_first(config, collections, corpus, queries)
         if config.documents == "title":

@@ -18,7 +18,7 @@ from experiments.build.mining import add_rounds
 from experiments.build.models import ranks_of
 from experiments.config.experiment import folder_of
 from experiments.config.schema import Config, TaskConfig
-from experiments.config.targets import accepted_arguments, instantiate
+from experiments.config.targets import instantiate
 from lightning_modules.distributed import launch
 from lightning_modules.objective_options import ObjectiveOptions
 
@@ -115,9 +115,7 @@ def _build_reader(config: Config, key: str, node: Mapping[str, Any]) -> Reader:
     """Create the reader of a collection. Its own on_error overrides data.on_error. key: key of the node."""
     rank = launch.rank(max(config.trainer.devices, 1))
     name = f"quarantine-rank{rank}.jsonl" if rank else "quarantine.jsonl"  # all ranks read the same files
-    arguments = {"on_error": config.data.on_error, "quarantine": str(folder_of(config) / name)}
-    accepted = [argument for argument in accepted_arguments(node, arguments) if argument not in node]
-    return instantiate(node, key, **{argument: arguments[argument] for argument in accepted})
+    return instantiate(node, key, on_error=config.data.on_error, quarantine=str(folder_of(config) / name))
 
 
 def check_folder(config: Config, task: str, name: str, node: Mapping[str, Any]) -> None:

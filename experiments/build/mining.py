@@ -16,7 +16,7 @@ from datamodules.records import UserError, prefixed
 from experiments.build.models import device_of, ranks_of
 from experiments.config.experiment import NEGATIVES, folder_of
 from experiments.config.schema import Config
-from experiments.config.targets import accepted_arguments, instantiate
+from experiments.config.targets import instantiate
 from lightning_modules.callbacks.hard_negatives import HardNegativeMining
 from lightning_modules.encoders.backbone import installed
 from lightning_modules.encoders.loading import load_encoder
@@ -75,12 +75,11 @@ def build_mining(config: Config, vectors: Path, device: torch.device) -> Mining:
 def _build_judges(config: Config, tasks: Sequence[str]) -> dict[str, Judge]:
     """Return the judge of each mined task that has one. Tasks with the same node share it."""
     settings, built = config.mining, {}
-    arguments = {"tasks": {task: task for task in config.task}, "packages": config.extend.packages}
+    provided = {"tasks": {task: task for task in config.task}, "packages": config.extend.packages}
     nodes = {task: settings.judges.get(task, settings.judge) for task in tasks}
     for task, node in nodes.items():
         if node and repr(node) not in built:
-            accepted = {name: arguments[name] for name in accepted_arguments(node, arguments)}
-            built[repr(node)] = instantiate(node, _key(settings.judges, "judge", task), **accepted)
+            built[repr(node)] = instantiate(node, _key(settings.judges, "judge", task), **provided)
     return {task: built[repr(node)] for task, node in nodes.items() if node}
 
 

@@ -17,7 +17,7 @@ from datamodules.text import input_text
 from experiments.build.data import resolve_epochs
 from experiments.build.models import device_of
 from experiments.config.schema import Config
-from experiments.config.targets import accepted_arguments, instantiate
+from experiments.config.targets import accepts, instantiate
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.contrastive import START_TEACHER, ContrastiveModule
 from lightning_modules.encoders.backbone import (
@@ -83,15 +83,15 @@ def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
     else:
         backbone, tokenizer = _build_backbone(config, texts)
     set_dropout(backbone, config.backbone.dropout, config.backbone.attention_dropout)
-    arguments = {
-        "backbone": backbone,
-        "tokenizer": tokenizer,
-        "tasks": {name: task.expert for name, task in config.task.items()},
-        "instructions": {name: task.instruction for name, task in config.task.items()},
-        "max_length": config.data.max_length,
-    }
-    accepted = accepted_arguments(config.encoder, arguments)
-    encoder = instantiate(config.encoder, "encoder", **{name: arguments[name] for name in accepted})
+    encoder = instantiate(
+        config.encoder,
+        "encoder",
+        backbone=backbone,
+        tokenizer=tokenizer,
+        tasks={name: task.expert for name, task in config.task.items()},
+        instructions={name: task.instruction for name, task in config.task.items()},
+        max_length=config.data.max_length,
+    )
     if source is not None:
         continue_from(source, encoder, config.init_from)
     _add_lora(config, encoder)
@@ -127,7 +127,7 @@ def _build_backbone(config: Config, texts: Iterable[Document]) -> tuple[PreTrain
         name = folder
     if name:
         return load_backbone(name, key="backbone.name")
-    reads_instructions = accepted_arguments(config.encoder, ["instructions"])
+    reads_instructions = accepts(config.encoder, "instructions")
     instructions = [task.instruction for task in config.task.values() if reads_instructions]
     words = (input_text(text, " ") for text in texts)
     vocabulary = word_vocabulary(words, config.backbone.vocab_size, required=instructions)
@@ -247,11 +247,7 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
 def _build_losses(config: Config, encoder: Encoder) -> dict[str, AuxiliaryLoss]:
     """Build the losses that are added to InfoNCE."""
     provided = {"tasks": list(config.task), "dimension": encoder.dimension, "objective": config.objective}
-    losses = {}
-    for name, node in config.losses.items():
-        arguments = {key: provided[key] for key in accepted_arguments(node, provided)}
-        losses[name] = instantiate(node, f"losses.{name}", **arguments)
-    return losses
+    return {name: instantiate(node, f"losses.{name}", **provided) for name, node in config.losses.items()}
 
 
 def describe_parameters(module: ContrastiveModule) -> str:

@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.options import check_options, option
 from datamodules.records import UserError, check_name
 from experiments.config.arguments import command_of, option_keys, parse_known
-from experiments.config.overrides import Replacement, check_override, packages_in, parse_override, replacement_of
+from experiments.config.overrides import check_override, packages_in, parse_override, replaced_data
 from experiments.config.schema import Config, TaskConfig, check_constraints, check_machine
 from experiments.config.structured import (
     LOADER,
@@ -355,25 +355,23 @@ def _merge_overrides(config: DictConfig, overrides: Sequence[str], others: Seque
     A mapping of free names, such as lr_scale={experts: 2}, replaces the old one. make passes overrides in any order, so
     sort them: first those that replace all data of a task, then single collections, other mappings, and the rest.
     """
-    parsed = [(text, layer := parse_override(text), replacement_of(text, layer)) for text in overrides]
+    parsed = [(text, layer := parse_override(text), replaced_data(text, layer)) for text in overrides]
     parsed.sort(key=lambda each: _rank(*each))
     tasks = set(config.task)
-    for text, layer, replacement in parsed:
-        if not replacement:
+    for text, layer, replaced in parsed:
+        if not replaced:
             _clear_mapping(config, layer, text.partition("=")[0])
-        if replacement and replacement.task in tasks:
-            data = config.task[replacement.task].data
-            if replacement.collection is None:
-                data.clear()
-            else:
-                data.pop(replacement.collection, None)
+        elif (task := replaced.split(".")[1]) in tasks:
+            data = config.task[task].data
+            for name in replaced.split(".")[3:] or list(data):
+                data.pop(name, None)
         config = _merge(config, layer, f"command line ({text})", others)
     return config
 
 
-def _rank(text: str, layer: DictConfig, replacement: Replacement | None) -> int:
-    if replacement:
-        return int(replacement.collection is not None)
+def _rank(text: str, layer: DictConfig, replaced: str | None) -> int:
+    if replaced:
+        return replaced.count(".") - 2  # 0: all data of a task, 1: one collection
     return 2 if _mapping(layer, text.partition("=")[0]) is not None else 3
 
 

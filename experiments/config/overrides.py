@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +56,8 @@ def _none_as_null(node: Any) -> Any:
     return None if node == "None" else node
 
 
-@dataclass(frozen=True)
-class Replacement:
-    """What an override replaces: one collection of a task, or all of its data (None)."""
-
-    task: str
-    collection: str | None
-
-
-def replacement_of(text: str, layer: DictConfig) -> Replacement | None:
-    """Return which data an override replaces, or None if it only sets keys. Folders in its layer become nodes.
+def replaced_data(text: str, layer: DictConfig) -> str | None:
+    """Return the key of the data that an override replaces, or None if it only sets keys. Folders become nodes.
 
         task.search.data=/data/mine                  only this collection, called mine
         task.search.data=[/data/mine, /data/other]   only these
@@ -85,13 +76,13 @@ def replacement_of(text: str, layer: DictConfig) -> Replacement | None:
         if not _is_folder(data[name]):
             return None
         layer.task[task].data[name] = {"folder": data[name]}
-        return Replacement(task, name)
+        return key
     folders = [data] if isinstance(data, str) else data
     if isinstance(folders, list) and folders and all(map(_is_folder, folders)):
         layer.task[task].data = _nodes_by_name(key, folders, task)
     elif not isinstance(data, dict) or not data:
         raise UserError(f"{key}: expected FOLDER, [FOLDER, ...] or {{NAME: node of a reader, ...}}, got {data!r}")
-    return Replacement(task, None)
+    return key
 
 
 def _is_folder(value: Any) -> bool:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,49 +21,19 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 
-@dataclass(frozen=True)
-class Distribution:
-    """A distribution. draw: function of a generator and the settings. required, optional: keys of the settings."""
-
-    draw: Callable[[random.Random, Mapping[str, Any]], Any]
-    required: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-
-
-def _uniform(generator: random.Random, settings: Mapping[str, Any]) -> float:
-    return generator.uniform(settings["min"], settings["max"])
-
-
-def _log_uniform(generator: random.Random, settings: Mapping[str, Any]) -> float:
-    value = math.exp(generator.uniform(math.log(settings["min"]), math.log(settings["max"])))
-    return min(max(value, settings["min"]), settings["max"])  # rounding may take exp(log(x)) beyond x
-
-
-def _normal(generator: random.Random, settings: Mapping[str, Any]) -> float:
-    return generator.normalvariate(settings.get("mu", 0.0), settings.get("sigma", 1.0))
-
-
-def _log_normal(generator: random.Random, settings: Mapping[str, Any]) -> float:
-    return math.exp(_normal(generator, settings))
-
-
-def _categorical(generator: random.Random, settings: Mapping[str, Any]) -> Any:
-    return generator.choices(settings["values"], settings.get("probabilities"))[0]
-
-
-RANGE, NORMAL = ("min", "max"), ("mu", "sigma")
-DISTRIBUTIONS = {
-    "constant": Distribution(lambda _, settings: settings["value"], ("value",)),
-    "categorical": Distribution(_categorical, ("values",), ("probabilities",)),
-    "int_uniform": Distribution(lambda generator, settings: generator.randint(settings["min"], settings["max"]), RANGE),
-    "uniform": Distribution(_uniform, RANGE),
-    "q_uniform": Distribution(_uniform, RANGE, ("q",)),
-    "log_uniform_values": Distribution(_log_uniform, RANGE),
-    "q_log_uniform_values": Distribution(_log_uniform, RANGE, ("q",)),
-    "normal": Distribution(_normal, (), NORMAL),
-    "q_normal": Distribution(_normal, (), (*NORMAL, "q")),
-    "log_normal": Distribution(_log_normal, (), NORMAL),
-    "q_log_normal": Distribution(_log_normal, (), (*NORMAL, "q")),
+RANGE, NORMAL, OPTIONAL = ("min", "max"), ("mu", "sigma"), ("mu", "sigma", "q", "probabilities")
+DISTRIBUTIONS = {  # distribution -> keys of its settings
+    "constant": ("value",),
+    "categorical": ("values", "probabilities"),
+    "int_uniform": RANGE,
+    "uniform": RANGE,
+    "q_uniform": (*RANGE, "q"),
+    "log_uniform_values": RANGE,
+    "q_log_uniform_values": (*RANGE, "q"),
+    "normal": NORMAL,
+    "q_normal": (*NORMAL, "q"),
+    "log_normal": NORMAL,
+    "q_log_normal": (*NORMAL, "q"),
 }
 REPLACEMENTS = {  # for W&B's other distributions
     "log_uniform": "log_uniform_values, whose min and max are the values and not their logarithms",
@@ -86,7 +56,24 @@ class Parameter:
     settings: Mapping[str, Any]
 
     def draw(self, generator: random.Random) -> Any:
-        return self._round(DISTRIBUTIONS[self.distribution].draw(generator, self.settings))
+        """Draw a value."""
+        settings = self.settings
+        match self.distribution.removeprefix("q_"):
+            case "constant":
+                return settings["value"]
+            case "categorical":
+                return generator.choices(settings["values"], settings.get("probabilities"))[0]
+            case "int_uniform":
+                return generator.randint(settings["min"], settings["max"])
+            case "uniform":
+                value = generator.uniform(settings["min"], settings["max"])
+            case "log_uniform_values":
+                value = math.exp(generator.uniform(math.log(settings["min"]), math.log(settings["max"])))
+                value = self._clipped(value)  # rounding may take exp(log(x)) beyond x
+            case "normal" | "log_normal" as kind:
+                value = generator.normalvariate(settings.get("mu", 0.0), settings.get("sigma", 1.0))
+                value = math.exp(value) if kind == "log_normal" else value
+        return self._round(value)
 
     def grid(self) -> list[Any]:
         """Return all values. Raises UserError if there are infinitely many."""
@@ -120,13 +107,16 @@ class Parameter:
     def to_optuna(self, value: Any) -> Any:
         if self._is_list():
             return self.grid().index(value)
-        return min(max(value, self.settings["min"]), self.settings["max"])  # a multiple of q may be outside the range
+        return self._clipped(value)  # a multiple of q may be outside the range
 
     def from_optuna(self, value: Any) -> Any:
         return self.grid()[value] if self._is_list() else self._round(value)
 
     def _is_list(self) -> bool:
         return self.distribution in ("constant", "categorical")
+
+    def _clipped(self, value: float) -> float:
+        return min(max(value, self.settings["min"]), self.settings["max"])
 
     def _round(self, value: Any) -> Any:
         q = self.settings.get("q")
@@ -203,10 +193,9 @@ def _read_parameter(name: str, settings: Mapping[str, Any]) -> Parameter:
         replacement = REPLACEMENTS.get(distribution)
         hint = f"use {replacement}" if replacement else expected_one_of(DISTRIBUTIONS)
         raise UserError(f"parameters.{name}.distribution: got {distribution!r}, {hint}")
-    kind, names = DISTRIBUTIONS[distribution], settings.keys() - {"distribution"}
-    if missing := [key for key in kind.required if key not in names]:
+    keys, names = DISTRIBUTIONS[distribution], settings.keys() - {"distribution"}
+    if missing := [key for key in keys if key not in (*names, *OPTIONAL)]:
         raise UserError(f"parameters.{name}: {distribution} needs {' and '.join(missing)}")
-    keys = (*kind.required, *kind.optional)
     if unknown := sorted(names - {*keys}):
         raise UserError(f"parameters.{name}: unknown key {unknown[0]!r}; {distribution} has {', '.join(keys)}")
     _check_settings(name, distribution, settings)

@@ -221,22 +221,24 @@ def is_library(path: Path) -> bool:
     return path.is_file() or (path / IMPORTED).is_file()
 
 
-def accepted_arguments(node: Mapping[str, Any], names: Iterable[str]) -> list[str]:
-    """Return the names that are arguments of a checked node's class."""
-    parameters = inspect.signature(_checked_class(node).__init__).parameters
-    return [name for name in names if name in parameters]
+def accepts(node: Mapping[str, Any], name: str) -> bool:
+    """Return whether the class of a checked node has an argument of this name."""
+    return name in inspect.signature(_checked_class(node).__init__).parameters
 
 
-def instantiate(node: Mapping[str, Any], key: str, /, **arguments: Any) -> Any:
+def instantiate(node: Mapping[str, Any], key: str, /, **provided: Any) -> Any:
     """Create the object that a checked node describes.
 
-    key: key of the node, which errors about its arguments get as prefix. arguments: those that are not in the node.
+    key: key of the node, which errors about its arguments get as prefix.
+    provided: further arguments, for classes that have them and nodes that do not set them.
     """
+    arguments = {name: value for name, value in node.items() if name != "_target_"}
+    provided = {name: value for name, value in provided.items() if name not in arguments and accepts(node, name)}
     try:
-        return _checked_class(node)(**{name: value for name, value in node.items() if name != "_target_"}, **arguments)
+        return _checked_class(node)(**arguments, **provided)
     except UserError as error:
         subject = re.match(r"\w*", str(error))[0]
-        if subject in arguments or not accepted_arguments(node, [subject]):
+        if subject in provided or not accepts(node, subject):
             raise
         raise UserError(f"{key}.{error}") from error
 

@@ -318,13 +318,13 @@ def record_end(folder: RunFolder, seconds: float) -> None:
 
 
 def manifest_of(run: Path) -> dict[str, Any]:
-    """Return the manifest of a run, or {} if it has none yet. run: its folder."""
+    """Return the manifest of a run, or {} if it has none yet. run: its folder.
+
+    Raises UserError if the file is damaged or has other types than record_start writes.
+    """
     path = run / "manifest.json"
-    return read_manifest(path) if path.is_file() else {}
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Return a manifest.json. Raises UserError if it is damaged or has other types than record_start writes."""
+    if not path.is_file():
+        return {}
     manifest = {"attempts": [], "data": {}, "versions": {}, "parameters": 0} | read_json(path)
     try:
         for attempt in manifest["attempts"]:

@@ -48,7 +48,7 @@ class Runner(ABC, Generic[Item]):
 
     @abstractmethod
     def may_start(self, item: Item) -> bool:
-        """Return whether an item may start now. The runner ends when none is running and none may start."""
+        """Return whether an item may start now. Items that never may are not run."""
 
     @abstractmethod
     def run_item(self, item: Item, lock: IO[str]) -> None:

@@ -91,10 +91,6 @@ class WandbLogger(RunLogger):
         return "wandb"
 
     @property
-    def version(self) -> str:
-        return ""
-
-    @property
     def run(self) -> Any:
         if self._run is None:
             self._run = self._start()
@@ -163,9 +159,6 @@ class WandbLogger(RunLogger):
         for path in files:
             artifact.add_file(str(path), policy="immutable", skip_cache=True)
         self.run.log_artifact(artifact)
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: wandb.init already got the configuration."""
 
     @_harmless
     def preempted(self) -> None:

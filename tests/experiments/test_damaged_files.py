@@ -11,7 +11,7 @@ from experiments import mine, report, runs
 from experiments.download.sources import Sources
 from experiments.reporting.run_files import RunFiles
 from experiments.results.results import read_results
-from experiments.run.folder import read_manifest
+from experiments.run.folder import manifest_of
 from experiments.run.trials import Controller, read_rows
 from experiments.train import main, train
 from lightning_modules.encoders.loading import load_encoder
@@ -230,7 +230,7 @@ def test_torn_rows_of_trials_are_skipped(tmp_path):
 def test_damaged_manifest_raises_user_error(tmp_path, content):
     path = tmp_path / "manifest.json"
     path.write_bytes(content)
-    message = message_of(read_manifest, path)
+    message = message_of(manifest_of, tmp_path)
     is_manifest = content in (b"{}", b'{"a": 1}') or b'"split"' in content or b'"benchmarks": []' in content
     assert message.startswith(str(path)) != is_manifest
 
