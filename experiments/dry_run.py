@@ -48,6 +48,17 @@ log = logging.getLogger(__name__)
 
 WARM_UP, MEASURED = 2, 6  # batches per task
 TEXTS = 256  # texts to encode from each corpus and from its queries
+MEMORY = {  # part of a rank's memory -> how it is known
+    "weights": "computed",
+    "gradients": "computed, for the task with the most",
+    "optimizer": "computed",
+    "process": "measured: Python, libraries, data; on a GPU, other memory",
+    "activations": "measured: the rest of the peak; data.token_budget and trainer.grad_cache limit it",
+    "further": "computed: vectors of the other ranks' documents, and similarities with them",
+    "gathered": "computed: unsharded weights and gradients while a layer is computed (trainer.strategy=fsdp)",
+    "balance": "computed: the gradients that objective.balance combines, one per task",
+}
+SHARDED = ("weights", "gradients", "optimizer")  # parts that fsdp divides among the ranks
 
 
 @dataclass(kw_only=True)
@@ -71,32 +82,19 @@ class TaskCost:
     queries: float
     documents: float  # candidates of each query, over all ranks
     batches: int  # number of batches in the whole training, on each rank
-    scores: float  # bytes of the similarities to the documents of all ranks
     flops: float  # useful operations of forward and backward
 
 
 @dataclass
 class Prediction:
-    """Memory of one rank in bytes, and times in seconds."""
+    """Memory of one rank in bytes, by the parts in MEMORY, and times in seconds."""
 
-    weights: int
-    gradients: int
-    optimizer: int
-    process: int  # Python, libraries and data; on a GPU, other memory
-    activations: int  # the rest of the peak
-    further: int  # vectors of the other ranks' documents, and similarities with them
-    gathered: int  # unsharded weights and gradients while a layer is computed (trainer.strategy=fsdp)
-    balance: int  # one gradient per task, if objective.balance combines them
+    memory: dict[str, int]
     update: float  # combining gradients, clipping and optimizer, per step
     evaluation: float
     start: float  # reading the data, building the encoder, tokenising
     tasks: dict[str, TaskCost]
     ceiling: float  # FLOP/s of the device, for the MFU
-
-    @property
-    def memory(self) -> int:
-        training = self.weights + self.gradients + self.optimizer
-        return training + self.process + self.activations + self.further + self.gathered + self.balance
 
     def training(self, steps: int) -> float:
         """Return the seconds that the whole training takes."""
@@ -112,7 +110,7 @@ class Prediction:
             padding_share=1 - self._total("tokens") / self._total("positions"),
             data_seconds=self._total("waiting"),
             data_share=self._total("waiting") / seconds,
-            memory_mb=self.memory / 2**20,
+            memory_mb=sum(self.memory.values()) / 2**20,
         )
 
     def _total(self, name: str) -> float:
@@ -193,16 +191,19 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
     balance, combining = _balance_cost(config, module)
     ranks, sharded = ranks_of(config), config.trainer.strategy == "fsdp"
     shares = ranks if sharded else 1
-    largest = max(cost.scores + cost.documents * module.encoder.dimension * 4 for cost in costs.values())
+    # Vectors and similarities, in float32.
+    largest = max(4 * cost.documents * (module.encoder.dimension + cost.queries) for cost in costs.values())
     return Prediction(
-        weights=weights // shares,
-        gradients=gradients // shares,
-        optimizer=optimizer // shares,
-        process=process,
-        activations=max(0, memory.peak() - process - weights - optimizer - gradients),
-        further=int(2 * largest * (ranks - 1) / ranks),  # forward and backward
-        gathered=_gathered_bytes(module.encoder) if sharded else 0,
-        balance=balance,
+        memory={
+            "weights": weights // shares,
+            "gradients": gradients // shares,
+            "optimizer": optimizer // shares,
+            "process": process,
+            "activations": max(0, memory.peak() - process - weights - optimizer - gradients),
+            "further": int(2 * largest * (ranks - 1) / ranks),  # forward and backward
+            "gathered": _gathered_bytes(module.encoder) if sharded else 0,
+            "balance": balance,
+        },
         update=combining + sum(updates) / len(updates),
         evaluation=_evaluation_seconds(config, data, module) / ranks,
         start=built + tokenising,
@@ -292,18 +293,15 @@ def _cost(
     def mean(size: Callable[[ContrastiveBatch], float]) -> float:
         return sum(map(size, batches)) / len(batches)
 
-    tokens, queries = mean(lambda batch: batch.num_tokens), mean(lambda batch: len(batch.queries))
-    documents = mean(lambda batch: len(batch.documents)) * ranks_of(config)
     return TaskCost(
         seconds=waiting + seconds,
         waiting=waiting,
-        tokens=tokens,
+        tokens=mean(lambda batch: batch.num_tokens),
         positions=mean(lambda batch: num_positions(batch, padded)),
         pairs=mean(lambda batch: int((batch.positives >= 0).sum())),
-        queries=queries,
-        documents=documents,
+        queries=mean(lambda batch: len(batch.queries)),
+        documents=mean(lambda batch: len(batch.documents)) * ranks_of(config),
         batches=data.schedule().turns(config.trainer.max_steps * batches_per_step(config), task),
-        scores=4 * queries * documents,
         flops=mean(lambda batch: sum(group.flops(module.encoder, x) for group, x in text_lengths(batch))),
     )
 
@@ -351,20 +349,10 @@ def _show_tasks(config: Config, prediction: Prediction) -> None:
 
 def _show_memory(prediction: Prediction) -> None:
     table = Table("memory per rank", "MB", "")
-    share = ", one rank's share" if prediction.gathered else ""
-    process = "other memory" if torch.cuda.is_available() else "Python, libraries, data"
-    for name, origin in (
-        ("weights", f"computed{share}"),
-        ("gradients", f"computed, for the task with the most{share}"),
-        ("optimizer", f"computed{share}"),
-        ("process", f"measured: {process}"),
-        ("activations", "measured: the rest of the peak; data.token_budget and trainer.grad_cache limit it"),
-        ("further", "computed: vectors of the other ranks' documents, and similarities with them"),
-        ("gathered", "computed: unsharded weights and gradients while a layer is computed"),
-        ("balance", "computed: the gradients that objective.balance combines, one per task"),
-        ("memory", "total"),
-    ):
-        table.add_row(name, f"{getattr(prediction, name) / 2**20:,.0f}", origin)
+    for name, origin in MEMORY.items():
+        share = ", one rank's share" if prediction.memory["gathered"] and name in SHARDED else ""
+        table.add_row(name, f"{prediction.memory[name] / 2**20:,.0f}", origin + share)
+    table.add_row("memory", f"{sum(prediction.memory.values()) / 2**20:,.0f}", "total")
     table_console().print(table)
 
 
@@ -394,16 +382,16 @@ def _show_times(config: Config, prediction: Prediction) -> None:
         "not counted: imports (a few seconds), BM25, ranking, checkpoints, logging, and other programs on the machine, "
         "including W&B's"
     )
-    if prediction.gathered:
+    if prediction.memory["gathered"]:
         log.info(
             "not measured: gathering %.0f MB of weights in forward and backward per chunk, exchanging gradients, and "
             "ranks that share cores; evaluation and mining hold all weights a second time",
-            prediction.weights * ranks / 2**20,
+            prediction.memory["weights"] * ranks / 2**20,
         )
     elif ranks > 1:
         log.info(
             "not measured: exchanging %.0f MB of gradients per step between ranks, and ranks that share cores",
-            prediction.gradients / 2**20,
+            prediction.memory["gradients"] / 2**20,
         )
     unmeasured = {
         "mining": config.mining.every_n_steps or config.mining.every_n_epochs,
@@ -412,7 +400,7 @@ def _show_times(config: Config, prediction: Prediction) -> None:
     }
     if any(unmeasured.values()):
         log.info("not measured: %s", ", ".join(name for name, used in unmeasured.items() if used))
-    if not torch.cuda.is_available():
+    if device_of(config).type == "cpu":
         flops = sum(cost.batches * cost.flops for cost in prediction.tasks.values())
         log.info(
             "on a GPU (not measured): %.3g PFLOP (useful operations) on each rank take %s at 50 TFLOP/s; "

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import starmap
+from itertools import accumulate, repeat, starmap, takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +21,6 @@ from omegaconf.errors import OmegaConfBaseException
 from datamodules.options import option
 from datamodules.records import UserError, prefixed
 from experiments.config.experiment import FOLDER, experiment_file, folders_of, load_config, names
-from experiments.config.hyperband import Hyperband
 from experiments.config.schema import Config
 from experiments.config.structured import did_you_mean, expected_one_of, read_yaml, structured, unknown
 from experiments.config.sweep_parameters import Parameter, fixed_trials, read_parameters
@@ -27,6 +28,8 @@ from lightning_modules.mining.report import FIGURES
 
 ARGUMENTS = "${args_no_hyphens}"
 MAX_CHECKED = 12  # trials whose configurations are loaded before the first one runs
+LARGEST = 10**9  # maximum number of values; no run logs more
+MAX_BRACKETS = 100  # after min_iter, as on W&B's server
 EXPERT_DISTANCE = re.compile(r"diag/experts/.+-.+/(distance|cosine)")
 
 
@@ -51,6 +54,86 @@ class SweepSettings:
     name: str | None = option(None, "name in W&B")
     description: str | None = option(None, "description in W&B")
     program: str | None = option(None, "unused: command names the program")
+
+
+@dataclass
+class Hyperband:
+    """Stop trials that are behind. A bracket is the number of logged values at which trials are compared.
+
+    The keys and the rule are those of W&B. As on its server, an iteration is a logged value of the metric, not an
+    optimizer step, and a trial is compared whenever it has logged a value: asynchronous successive halving (Li et al.,
+    arXiv 1810.05934, section 3.2).
+
+    Optuna's HyperbandPruner is not used. It assigns trials to brackets by a hash, must know how many values a run logs,
+    only accepts integers for eta, rounds down the number of trials that continue, and gives no reason. The same file
+    would stop other trials here than on W&B's server.
+    """
+
+    type: Literal["hyperband"] = option(help="rule; W&B has no other")
+    min_iter: int | None = option(
+        None, "first bracket; the others are min_iter * eta, min_iter * eta^2, ...", minimum=1, maximum=LARGEST
+    )
+    max_iter: int | None = option(
+        None, "with s, instead of min_iter: brackets max_iter / eta, max_iter / eta^2, ...", minimum=1, maximum=LARGEST
+    )
+    s: int | None = option(None, "number of brackets, with max_iter", minimum=1, maximum=LARGEST)
+    eta: float = option(3.0, "one trial in eta continues after each bracket", above=1, maximum=LARGEST)
+    strict: bool = option(False, "compare a trial by its value at the bracket, not by its best value so far")
+
+    def brackets(self) -> list[int]:
+        """Return after how many logged values trials are compared, in ascending order; [] if the keys define none."""
+        if self.min_iter is not None and self.max_iter is self.s is None:
+            numbers = accumulate(repeat(self.eta, MAX_BRACKETS - 1), operator.mul, initial=self.min_iter)
+        elif self.min_iter is None and self.max_iter is not None and self.s is not None:
+            numbers = accumulate(repeat(self.eta, self.s), operator.truediv, initial=self.max_iter)
+            next(numbers)  # max_iter itself is not a bracket
+        else:
+            return []
+        return sorted({int(number) for number in takewhile(lambda number: 1 <= number <= LARGEST, numbers)})
+
+    def reason(self, values: Sequence[float], others: Sequence[Sequence[float]], maximize: bool) -> str:
+        """Return why a trial should be stopped, or "".
+
+        values, others: values of the metric that this trial and each other trial have logged.
+
+        The trial is compared at the last bracket that it has reached, with all trials that have reached it. It
+        continues if it is among the best 1/eta of them, rounded up, or ties with one of these; so the first trial to
+        reach a bracket always continues.
+        """
+        reached = [bracket for bracket in self.brackets() if bracket <= len(values)]
+        if not reached:
+            return ""
+        bracket = reached[-1]
+        costs, *other_costs = [[_cost(value, maximize) for value in each] for each in (values, *others)]
+        ranking = sorted(each[bracket - 1] for each in (costs, *other_costs) if len(each) >= bracket)
+        num_continue = math.ceil(round(len(ranking) / self.eta, 9))
+        cost, limit = costs[bracket - 1] if self.strict else min(costs), ranking[num_continue - 1]
+        if cost <= limit:
+            return ""
+        shown, needed = (-x if maximize else x for x in (cost, limit))
+        return f"{shown:.4g} at value {bracket}; the best {num_continue} of {len(ranking)} have reached {needed:.4g}"
+
+    def check_reached(self, metric: str, config: Config) -> None:
+        """Raise UserError if runs with this configuration end before the rule could stop them."""
+        every_n_steps = {
+            config.evaluation.split: config.trainer.max_steps,
+            "val": config.evaluation.every_n_steps,
+            "train": config.trainer.log_every_n_steps,
+            "diag": config.diagnostics.every_n_steps,
+        }.get(metric.partition("/")[0])
+        first = self.brackets()[0]
+        if config.trainer.max_epochs:  # the number of steps is known once the data are read
+            return
+        if every_n_steps and (count := math.ceil(config.trainer.max_steps / every_n_steps)) <= first:
+            raise UserError(
+                f"early_terminate: would never stop a trial: the first comparison is after {first} values of {metric}, "
+                f"but a run logs only {count}, the last one at its end; lower min_iter, or log more often"
+            )
+
+
+def _cost(value: float, maximize: bool) -> float:
+    """Return a number that is smaller for a better value, and infinite for NaN."""
+    return math.inf if math.isnan(value) else -value if maximize else value
 
 
 @dataclass(frozen=True)
@@ -232,6 +315,6 @@ def _callback_metrics(config: Config) -> Iterator[str]:
             yield from (f"diag/{task}/{name}" for name in OF_TASK)
             for pair in ("gradient_cosine", "transplant"):
                 yield from (f"diag/{task}/{pair}/{other}" for other in config.tasks)
-    if config.mining.every_n_steps:
+    if config.mining.every_n_steps or config.mining.every_n_epochs:
         yield "mine/seconds"
         yield from (f"mine/{task}/{name}" for task in config.tasks for name in FIGURES)

@@ -85,6 +85,8 @@ class Parameter:
         if self.distribution == "q_uniform":
             q = settings.get("q", 1)
             multiples = range(math.ceil(settings["min"] / q - 1e-9), math.floor(settings["max"] / q + 1e-9) + 1)
+            if not multiples:
+                raise UserError(f"parameters.{self.name}: no multiple of q={q} is from min to max; change one of them")
             return [_multiple(number, q) for number in multiples]
         raise UserError(f"parameters.{self.name}: {self.distribution} has no grid; use values, or method: random")
 

@@ -144,7 +144,7 @@ def environment(slot: int, parallel: int) -> dict[str, str]:
     slot: index of the command among the `parallel` ones that run at the same time.
     """
     variables = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
-    variables |= {"LC_ALL": "C", "PYTHONUNBUFFERED": "1"}
+    variables["PYTHONUNBUFFERED"] = "1"
     if parallel > 1:
         import torch
 

@@ -7,8 +7,6 @@ import json
 import logging
 import math
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -37,7 +35,7 @@ MAX_FAILED = 3  # the sweep ends if that many trials fail before any has succeed
 POLL_EVERY = 3.0  # seconds between two checks of the metric that a trial logs
 REPORT_EVERY = 20.0  # seconds between two log lines on a trial's progress
 ENDED = ("finished", "stopped")  # stopped: by early_terminate
-INHERITED_VARIABLES = ("EXTRAS", "PY", "PYTHON", "VENV")  # variables of an outer make that a trial inherits
+OF_MAKE = ("EXTRAS=", "PYTHON=", "VENV=")  # variables that only make has
 
 
 @dataclass(frozen=True)
@@ -90,13 +88,6 @@ class Trial:
 
     def _rows(self) -> list[dict[str, Any]]:
         return [row for row in read_rows(self.folder / "metrics.jsonl") if _is_number(row.get("step"))]
-
-    def exit_status(self, command: str, status: int) -> int:
-        """Return the exit status of the training. make itself always exits with 2, but prints that status last."""
-        if command != "make" or status != 2:
-            return status
-        statuses = re.findall(r"^make: \*\*\* .* Error (\d+)$", log_tail(self.log), re.MULTILINE)
-        return int(statuses[-1]) if statuses else status
 
 
 def trials_of(sweep: Sweep, folder: Path) -> list[Trial]:
@@ -221,13 +212,11 @@ class Controller(Runner[Trial]):
 
     def _run_process(self, trial: Trial, lock: IO[str]) -> int:
         command = self.sweep.command(trial.arguments(self.sweep))
-        if command[0] == "make" and (ROOT / "Makefile").is_file():
-            command += _make_variables()
-        elif command[0] == "make":  # installed as a package
-            command[0:1] = [sys.executable, "-m", "experiments"]
+        if command[0] == "make":  # the same with this interpreter, and not with that of the Makefile
+            words = [word for word in command[1:] if not word.startswith(OF_MAKE)]
+            command = [sys.executable, "-m", "experiments", *words]
         with self.process(command, trial.log, lock, ROOT) as process:
-            status = self._watch(trial, process)
-        return trial.exit_status(command[0], status)
+            return self._watch(trial, process)
 
     def _watch(self, trial: Trial, process: subprocess.Popen) -> int:
         """Wait for the end of a process, and stop it if early_terminate says so. Returns its exit status."""
@@ -271,10 +260,3 @@ class Controller(Runner[Trial]):
         row = {"trial": trial.number, "state": state, "parameters": trial.values, "time": round(time.time(), 1)}
         with self._writing:
             append_lines(self.folder / "trials.jsonl", json.dumps(row | details) + "\n")
-
-
-def _make_variables() -> list[str]:
-    words = shlex.split(os.environ.get("MAKEFLAGS", ""))
-    inherited = [word for word in words if word.partition("=")[0] in INHERITED_VARIABLES]
-    has_python = any(word.startswith("PY=") for word in inherited)
-    return inherited if has_python else [*inherited, f"PY={sys.executable}"]

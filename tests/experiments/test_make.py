@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.__main__ import names
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -41,9 +43,9 @@ def test_unknown_target_fails_before_anything_runs(tmp_path, words, unknown):
 def test_several_targets_run_in_order_with_their_settings(tmp_path):
     done = dry(tmp_path, "dry-run", "train", "EXP=vanilla", "optim.lr=1e-3", "query=two words")
     assert done.returncode == 0, done.stderr
-    last = [line for line in done.stdout.splitlines() if "experiments." in line]
-    assert [line.split()[2] for line in last] == ["experiments.dry_run", "experiments.train"]
-    assert all("'vanilla' scale='sample'" in line and "'optim.lr=1e-3'" in line for line in last)
+    last = [line for line in done.stdout.splitlines() if "-m experiments" in line]
+    assert [line.split()[3] for line in last] == ["dry-run", "train"]
+    assert all("'EXP=vanilla' 'SCALE=sample'" in line and "'optim.lr=1e-3'" in line for line in last)
     assert all("'query=two words'" in line for line in last)
     assert dry(tmp_path).returncode == 0
 
@@ -74,9 +76,17 @@ USED_BY = {
         "FREE": "train",
         "PARTITION": "slurm",
     },
-    **{"TESTS": "test", "OVERRIDES": "train", "TRAINING": "train", "PY": "train", "STAMP": "train", "TARGETS": "train"},
+    **{
+        "TESTS": "test",
+        "OVERRIDES": "train",
+        "ARGUMENTS": "train",
+        "VARIABLES": "train",
+        "PY": "train",
+        "STAMP": "train",
+        "TARGETS": "train",
+    },
 }
-NOT_PASSED_ON = {"OVERRIDES", "TRAINING", "PY", "STAMP", "TARGETS"}  # the Makefile's own
+NOT_PASSED_ON = {"OVERRIDES", "ARGUMENTS", "VARIABLES", "PY", "STAMP", "TARGETS"}  # the Makefile's own
 HOSTILE = (
     *("moe; touch x", "moe && touch x", "moe | touch x", "$(touch x)", "$$(touch x)", "`touch x`", "$(shell touch x)"),
     *("${shell touch x}", "'; touch x; '", '"; touch x; "', "\\'; touch x #", "moe > x", "moe # '", "*", "~", "$HOME"),
@@ -110,13 +120,14 @@ def run(project, *words, **environment):
 @pytest.mark.slow
 def test_every_target_runs_the_command_of_its_name(project):
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
-    plain, of_experiments = (re.search(rf"override {name} := (.*)", text)[1] for name in ("PLAIN", "OF_EXPERIMENTS"))
-    for target in [*plain.split(), *of_experiments.split()]:
-        module = {"eval": "evaluate"}.get(target, target.replace("-", "_"))
-        assert (ROOT / "experiments" / f"{module}.py").is_file()
-        before = ["moe", "scale=sample"] if target in of_experiments.split() else []
+    experiments, others = (re.search(rf"override {name} := (.*)", text)[1] for name in ("OF_EXPERIMENTS", "COMMANDS"))
+    experiments, others = experiments.split(), others.split()[1:]
+    assert {*experiments, *others, "import"} == set(names()) - {"sample"}
+    for target in [*experiments, *others]:
+        before = {"data": ["RECIPE=scimult"], "bench": ["BENCH=encoder_cost"]}.get(target, [])
+        before = ["EXP=moe", "SCALE=sample"] if target in experiments else before
         done, arguments = run(project, target, "output=x y")
-        assert arguments == ["-m", f"experiments.{module}", *before, "output=x y"], done.stderr
+        assert arguments == ["-m", "experiments", target, *before, "output=x y"], done.stderr
 
 
 def variables() -> set[str]:
@@ -140,7 +151,7 @@ def test_values_reach_python_as_they_were_typed(project, name):
             if name in ("ARGS", "TESTS"):
                 assert arguments[-len(value.split()) :] == value.split()
             elif name in NOT_PASSED_ON:
-                assert arguments == ["-m", "experiments.train", "moe", "scale=sample"]
+                assert arguments == ["-m", "experiments", "train", "EXP=moe", "SCALE=sample"]
             else:
                 assert [text for text in arguments if text.endswith(value)], (value, arguments)
 
@@ -175,9 +186,9 @@ def test_files_to_import_never_reach_the_shell(project):
         if "=" not in value:
             done, arguments = run(project, "import", value, "output=X")
             expected = (os.path.expanduser(value), ",".join(value.split()))  # several words are several files
-            assert (done.returncode, arguments) == (2, []) or arguments[2] in expected
+            assert (done.returncode, arguments) == (2, []) or arguments[3] in expected
             assert not (project / "x").exists()
-    assert run(project, "import", "my.bib", "a/b.csv")[1] == ["-m", "experiments.import_papers", "my.bib,a/b.csv"]
+    assert run(project, "import", "my.bib", "a/b.csv")[1] == ["-m", "experiments", "import", "my.bib,a/b.csv"]
 
 
 @pytest.mark.slow

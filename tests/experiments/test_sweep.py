@@ -4,9 +4,11 @@ import json
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -317,16 +319,29 @@ def test_a_job_array_runs_one_trial_in_each_task(make_sweep, tmp_path, monkeypat
         slurm(["moe", "TIME=60", f"SWEEP={path}", "SEEDS=0,1"])
 
 
-@pytest.mark.slow
-def test_the_exit_status_of_a_training_is_read_from_makes_output(tmp_path, monkeypatch):
-    monkeypatch.setenv("MAKELEVEL", "1")  # as in trials of `make sweep`, and in tests that `make test` starts
-    trial = Trial(0, {}, tmp_path / "t")
-    (tmp_path / "Makefile").write_text("train:\n\t@exit 75\n")
-    with open(trial.log, "w") as output:
-        started = subprocess.run(["make", "train"], cwd=tmp_path, env=environment(0, 1), stdout=output, stderr=output)
-    status = started.returncode
-    assert status == 2
-    assert trial.exit_status("make", status) == 75
+def test_trials_run_with_the_interpreter_of_the_sweep(make_sweep, tmp_path, monkeypatch):
+    """make ran them with that of .venv, which it first installed where there was none."""
+    path, started = Path(make_sweep(ONE)), []
+
+    @contextmanager
+    def process(_, command, *others):
+        started.append(command)
+        yield SimpleNamespace(wait=lambda _: 1)
+
+    monkeypatch.setattr(Controller, "process", process)
+    path.write_text(
+        path.read_text().partition("command:")[0] + "command: [make, train, EXTRAS=gpu, '${args_no_hyphens}']"
+    )
+    Controller(read_sweep(str(path), "moe", ["scale=small"]), tmp_path / "out").run()
+    words = [
+        "train",
+        "EXP=moe",
+        "SCALE=small",
+        "optim.lr=0.1",
+        f"run.dir={tmp_path / 'out' / 't000'}",
+        "wandb.group=out",
+    ]
+    assert started == [[sys.executable, "-m", "experiments", *words]]
 
 
 @pytest.mark.parametrize(

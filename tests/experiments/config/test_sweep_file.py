@@ -11,8 +11,7 @@ from omegaconf import OmegaConf
 
 from datamodules.records import UserError
 from experiments.config.experiment import load_config
-from experiments.config.hyperband import Hyperband
-from experiments.config.sweep_file import as_override, check_trials, read_sweep
+from experiments.config.sweep_file import Hyperband, as_override, check_trials, read_sweep
 from experiments.config.sweep_parameters import (
     DISTRIBUTIONS,
     fixed_trials,
@@ -105,6 +104,8 @@ def test_bayes_moves_towards_the_best_values():
 
 
 def test_bayes_accepts_running_trials_and_values_rounded_out_of_the_range():
+    with pytest.raises(UserError, match="parameters.a: no multiple of q=1 is from min to max"):  # an IndexError before
+        parameters_of("a: {distribution: q_uniform, min: 0.1, max: 0.9, q: 1}")[0].grid()
     parameters = parameters_of("a: {distribution: q_uniform, min: 0.04, max: 0.96, q: 0.1}")
     past = [({"a": a / 10}, -a) for a in range(11)]
     values = suggest_trial(parameters, [*past, ({"a": 0.2}, None)], maximize=True, number=12)
@@ -211,6 +212,8 @@ def test_the_metric_may_be_one_that_diagnostics_and_mining_log(make_file):
     for name in (*logged, f"mine/{task}/margin_p50", "diag/seconds"):
         path.write_text(text.replace("val/mean/ndcg@10", name))
         check_trials(read_sweep(str(path), "moe", overrides))
+        if name.startswith("mine/"):  # refused before
+            check_trials(read_sweep(str(path), "moe", ["mining.every_n_epochs=1"]))
         with pytest.raises(UserError, match="no run logs"):
             check_trials(read_sweep(str(path), "moe"))
     for name in ("diag/nonsense", f"diag/{task}/gradient_nrom", f"mine/{task}/margin_p5"):
