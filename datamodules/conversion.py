@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from datamodules.examples import ExampleTable, whole_grade
+from datamodules.progress_lines import ProgressLines
 from datamodules.readers.collecting import add_id, stream_collection
 from datamodules.records import Collection, Document, Sink, UserError, check_name
 from datamodules.store import BATCH_ROWS, FIELDS, StoredCollection, StoredDocuments, make_once
@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 VERSION = 5  # version of the store's layout; collections with another version are converted again
 PATHS = ("folder", "source", "judgements", "train", "dev", "test")  # arguments of readers that may be relative
-LOG_INTERVAL = 10.0  # seconds between two lines of progress
 
 
 @runtime_checkable
@@ -259,24 +258,19 @@ class _ArrowFile:
         import pyarrow as pa
 
         self._pa, self._digest, self._kind = pa, digest, kind
+        self._progress: ProgressLines | None = None
         self._schema = pa.schema([(name, pa.large_string()) for name in FIELDS])
         self._file = pa.OSFile(str(path), "wb")
         self._writer = pa.ipc.new_file(self._file, self._schema)
         self._columns: tuple[list[str], ...] = ([], [], [])
-        self._count, self._started, self._logged = 0, 0.0, 0.0
 
     def add(self, document: Document) -> None:
-        if not self._count:
-            self._started = self._logged = time.monotonic()
-        self._count += 1
+        self._progress = self._progress or ProgressLines("converting", self._kind)  # when the first one comes
         for column, value in zip(self._columns, (document.id, document.title, document.text), strict=True):
             column.append(value)
         if len(self._columns[0]) == BATCH_ROWS:
             self._flush()
-            now = time.monotonic()
-            if now - self._logged > LOG_INTERVAL:
-                self._logged, rate = now, self._count / (now - self._started)
-                log.info("  %s %s, %.0f per second", f"{self._count:,}", self._kind, rate)
+            self._progress.advance(BATCH_ROWS)
 
     def _flush(self) -> None:
         pa = self._pa

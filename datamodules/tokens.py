@@ -15,7 +15,6 @@ import logging
 import os
 import pickle
 import threading
-import time
 from collections import OrderedDict, deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +29,7 @@ import numpy as np
 
 from datamodules.cores import available_cores
 from datamodules.files import load_array
+from datamodules.progress_lines import ProgressLines
 from datamodules.records import Collection, Document, UserError
 from datamodules.store import Rows, StoredCollection, damage, make_once
 from datamodules.text import input_text, token_ids
@@ -37,7 +37,6 @@ from datamodules.text import input_text, token_ids
 log = logging.getLogger(__name__)
 
 BLOCK = 4096  # texts of a collection that are written together
-LOG_INTERVAL = 10.0  # seconds between two lines of progress
 PIECE = 128  # texts that a thread tokenises at a time: 45 ms for abstracts, of which 2 ms hold Python's lock
 AHEAD = 16384  # texts that are tokenised before they are needed
 MAX_THREADS = 16
@@ -355,14 +354,9 @@ def _write(texts: Mapping[str, Sequence[Document]], encoding: Encoding, folder: 
 
 def _blocks(documents: Sequence[Document], encoding: Encoding, kind: str) -> Iterator[TokenTable]:
     """Yield the ids of blocks of texts, and log progress."""
-    started = logged = time.monotonic()
-    done = 0
+    progress = ProgressLines(f"tokenising {kind}", "texts", len(documents))
     jobs = ((encoding, documents[first : first + BLOCK]) for first in range(0, len(documents), BLOCK))
     with closing(tokenise_ahead(jobs)) as tables:
         for table in tables:
             yield table
-            done, now = done + len(table), time.monotonic()
-            if now - logged > LOG_INTERVAL:
-                logged, rate = now, done / (now - started)
-                progress = f"{done:,} of {len(documents):,} {kind} tokenised, {rate:,.0f} per second"
-                log.info("  %s, %.0f min left", progress, (len(documents) - done) / rate / 60)
+            progress.advance(len(table))

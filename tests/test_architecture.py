@@ -25,6 +25,7 @@ MAY_IMPORT = {
         "datamodules.files",
         "datamodules.options",
         "datamodules.packed",
+        "datamodules.progress_lines",
         "datamodules.ragged",
         "datamodules.records",
         "datamodules.relations",

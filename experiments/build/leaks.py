@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING
@@ -13,6 +12,7 @@ import numpy as np
 
 from datamodules.files import expanded, read_json, write_json
 from datamodules.leakage import Index, Overlap
+from datamodules.progress_lines import ProgressLines
 from datamodules.readers import reader_class_of
 from datamodules.readers.beir import BeirReader
 from datamodules.readers.jsonl import JsonlReader
@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # because Lightning takes seconds to import
 
 log = logging.getLogger(__name__)
 
-LOG_EVERY = 10.0  # seconds
 EXAMPLES = 20  # examples kept per set and way of comparing
 VERSION = 3  # of the cached files
 
@@ -97,7 +96,7 @@ def find_leaks(tasks: Sequence[TaskDataModule], folders: Sequence[str] = (), cor
         (name, way): {} for name, source in sources.items() for way in source.ways
     }
     any_text = any(source.task is None for source in sources.values())
-    leaks, logged = Leaks(), time.monotonic()
+    leaks, progress = Leaks(), ProgressLines("comparing training texts with the evaluation", "texts")
     for task in tasks:
         queries = set(task.examples.query_rows())
         leaks.queries[task.task.name], leaks.documents[task.task.name] = [], []
@@ -116,9 +115,7 @@ def find_leaks(tasks: Sequence[TaskDataModule], folders: Sequence[str] = (), cor
             if any(sources[overlap.name].task is None for overlap in overlaps):
                 leaks.documents[task.task.name].append(row)
             leaks.trained += 1
-            if time.monotonic() - logged > LOG_EVERY:
-                logged = time.monotonic()
-                log.info("  %s training texts compared with the evaluation", f"{leaks.trained:,}")
+            progress.advance(1)
     leaks.sets = {name: _summarize(source, best) for name, source in sources.items()}
     return leaks
 

@@ -15,9 +15,9 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from datamodules.progress_lines import ProgressLines
 from experiments.shared.console import table_console
 from experiments.shared.plain import plain
-from lightning_modules.progress_lines import ProgressLines
 
 log = logging.getLogger(__name__)
 

@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from datamodules.files import atomic_folder
+from datamodules.progress_lines import ProgressLines
 from datamodules.records import UserError
 from datamodules.text import input_text
 from lightning_modules.distributed.collectives import from_first_rank, rank, together
@@ -37,7 +38,6 @@ from lightning_modules.encoders.backbone import check_family, check_size, instal
 from lightning_modules.mining.filters import text_hashes
 from lightning_modules.mining.relabel import Judge, JudgeContext, Pairs
 from lightning_modules.optim import schedule
-from lightning_modules.progress_lines import ProgressLines
 
 log = logging.getLogger(__name__)
 

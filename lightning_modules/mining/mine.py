@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from datamodules.progress_lines import ProgressLines
 from datamodules.ragged import Ragged
 from datamodules.records import KEEP, LABELS, MinedNegatives, MiningPool, UserError
 from lightning_modules.distributed.collectives import gather_objects, rank, together, world_size
@@ -29,7 +30,6 @@ from lightning_modules.mining.mined import Mined, joined, joined_pools
 from lightning_modules.mining.miners import DenseMiner, Miner, MiningContext
 from lightning_modules.mining.mining_options import MiningOptions
 from lightning_modules.mining.relabel import Judge, JudgeContext, relabel
-from lightning_modules.progress_lines import ProgressLines
 from lightning_modules.retrieval.compute import describe_device
 from lightning_modules.retrieval.search import Shards, pair_scores, row_scores
 from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_pool

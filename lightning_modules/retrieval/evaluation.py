@@ -16,10 +16,10 @@ from typing import Literal
 
 import numpy as np
 
+from datamodules.progress_lines import ProgressLines
 from datamodules.records import SIMILARITIES, Benchmark, UserError, check_choice
 from lightning_modules.distributed.collectives import gather_objects, rank, world_size
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.progress_lines import ProgressLines
 from lightning_modules.retrieval import trec
 from lightning_modules.retrieval.metrics import (
     CLASS_METRICS,

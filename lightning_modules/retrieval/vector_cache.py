@@ -23,12 +23,12 @@ import numpy as np
 import torch
 
 from datamodules.files import atomic_file, load_array
+from datamodules.progress_lines import ProgressLines
 from datamodules.records import Document, MiningPool, UserError
 from lightning_modules.distributed.collectives import gather_rows, rank, together, world_size
 from lightning_modules.distributed.signals import leave_if_asked
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.losses import comparable
-from lightning_modules.progress_lines import ProgressLines
 from lightning_modules.retrieval.compute import active_precision
 from lightning_modules.retrieval.search import Advance, Shards, check_finite
 

@@ -4,14 +4,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from datamodules import conversion, progress_lines, store
+from datamodules.progress_lines import ProgressLines
+from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Benchmark
 from datamodules.tasks import SearchDataModule
-from lightning_modules import progress_lines
+from datamodules.tokens import Encoding, token_tables
 from lightning_modules.callbacks.evaluation import Evaluation
 from lightning_modules.mining.cross_encoder import CrossEncoderJudge
 from lightning_modules.mining.mine import Mining, MiningOptions
 from lightning_modules.mining.miners import DenseMiner
-from lightning_modules.progress_lines import ProgressLines
 from lightning_modules.retrieval.evaluation import evaluate
 from tests.conftest import toy_collection
 
@@ -20,10 +22,8 @@ from tests.conftest import toy_collection
 def lines(monkeypatch, caplog):
     """Log each step, and return the lines."""
     monkeypatch.setattr(progress_lines, "EVERY", 0)
-    caplog.set_level("INFO", logger="lightning_modules.progress_lines")
-    return lambda: [
-        record.getMessage() for record in caplog.records if record.name == "lightning_modules.progress_lines"
-    ]
+    caplog.set_level("INFO", logger="datamodules.progress_lines")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "datamodules.progress_lines"]
 
 
 def test_a_line_every_30_seconds_has_count_rate_and_remaining_time(monkeypatch, caplog):
@@ -72,3 +72,13 @@ def test_an_evaluation_logs_each_stage(make_encoder, lines, way):
     evaluate(make_encoder("shared"), benchmark, ["ndcg@10"], advance=advance)
     assert any(line.startswith("evaluation encodes toy: 22 of 22 texts") for line in lines())
     assert any(line.startswith("evaluation ranks toy: 120 of 120 pairs") for line in lines())
+
+
+def test_conversion_and_tokenisation_log_their_progress(make_encoder, tmp_path, lines, monkeypatch):
+    for module in (conversion, store):
+        monkeypatch.setattr(module, "BATCH_ROWS", 5)
+    write_beir(toy_collection(), tmp_path / "data")
+    collection = conversion.stored(BeirReader(str(tmp_path / "data")), tmp_path / "cache")
+    token_tables(collection, Encoding(make_encoder("shared").tokenizer))
+    for line in ("converting: 10 documents", "tokenising corpus: 10 of 10 texts", "tokenising queries: 12 of 12 texts"):
+        assert any(each.startswith(line) for each in lines()), line
