@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from datamodules.options import check_options, option
 from datamodules.papers.columns import check_split, csv_rows
 from datamodules.papers.formats import json_rows
 from datamodules.papers.library import Library
@@ -19,7 +20,7 @@ from datamodules.readers.json_files import as_object
 from datamodules.readers.jsonl import judgements
 from datamodules.readers.labels import read_labels
 from datamodules.readers.rows import BadLines, Record
-from datamodules.records import Document, Sink, UserError, check_choices
+from datamodules.records import Document, Sink, UserError
 
 SEARCHES = ("title", "keywords")
 
@@ -32,24 +33,22 @@ class EmptyView(UserError):
 class ViewOptions:
     """Options of the collections.
 
-    labels: kinds of labels, some of LABEL_KINDS; by default the first kind with two labels that are frequent enough.
-    min_papers: minimum number of papers for each label.
-    definitions: file with the definitions of labels, by id or name (see readers.labels.read_labels).
-    search: "title": titles find abstracts. "keywords": the keywords of a paper find it. Otherwise a file of queries:
-        JSON lines {"query": text, "positives": [id, ...] or {id: grade}, "negatives": [id, ...], "split": ...}, or a
-        CSV or TSV file with the columns query, positives (ids separated by ;) and split. Negatives and split are
-        optional.
+    A file of queries has JSON lines {"query": text, "positives": [id, ...] or {id: grade}, "negatives": [id, ...],
+    "split": ...}, or is a CSV or TSV file with the columns query, positives (ids separated by ;) and split. Negatives
+    and split are optional.
     """
 
-    labels: tuple[str, ...] = ()
-    min_papers: int = 5
-    definitions: str = ""
-    search: str = "title"
+    labels: tuple[str, ...] = option(
+        (), "kinds of labels; by default the first one with two labels that are frequent enough", choices=LABEL_KINDS
+    )
+    min_papers: int = option(5, "minimum number of papers for each label", minimum=1)
+    definitions: str = option("", "file with the definitions of labels, by id or name (see readers.labels.read_labels)")
+    search: str = option(
+        "title", "title: titles find abstracts. keywords: the keywords of a paper find it. Otherwise a file of queries"
+    )
 
     def __post_init__(self) -> None:
-        check_choices("labels", self.labels, LABEL_KINDS)
-        if self.min_papers < 1:
-            raise UserError(f"min_papers: expected a number of at least 1, got {self.min_papers}")
+        check_options(self)
         if self.search not in SEARCHES and not Path(self.search).is_file():
             raise UserError(f"search: expected {', '.join(SEARCHES)}, or a file of queries, got {self.search!r}")
         if self.definitions and not Path(self.definitions).is_file():
@@ -258,7 +257,7 @@ class Searches(View):
         for name, paper in papers.items():
             if paper and known.setdefault(paper, grades[name]) != grades[name]:
                 raise UserError(f"the paper {paper[1]!r} has two grades, under two of its names")
-        self.left_out["ids of papers that are not in the files"] += len(grades) - len(known)
+        self.left_out["ids of papers that are not in the files"] += list(papers.values()).count(None)
         if not any(grade > 0 for grade in known.values()):
             self.left_out["queries without a positive in the files"] += 1
             return

@@ -201,7 +201,12 @@ def test_queries_of_a_file_find_papers(tmp_path):
     truths = papers(50)
     WORLDS[0].write(tmp_path / "works.jsonl", truths)
     queries = [
-        {"query": "graphs", "positives": ["W1", "doi:10.1234/x2"], "negatives": ["W3"], "split": "train"},
+        {
+            "query": "graphs",
+            "positives": ["W1", "doi:10.1234/x1", "doi:10.1234/x2"],
+            "negatives": ["W3"],
+            "split": "train",
+        },
         {"query": "cells", "positives": {"W4": 2, "W999": 1}, "split": "validation"},
         {"query": "nothing", "positives": ["W999"], "split": "test"},
         {"query": 5, "positives": ["W1"]},
