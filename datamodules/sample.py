@@ -86,17 +86,16 @@ class Lexicon:
         self.rng = rng
         self.used: set[str] = set()
         self.terms: dict[tuple[str, int], list[str]] = {}
-        endings = {"field": "ology", "subfield": "ics", "aspect": "ion", "method": "metry", "material": "ite"}
-        counts = {
-            "field": NUM_FIELDS,
-            "subfield": NUM_FIELDS * SUBFIELDS_PER_FIELD,
-            "aspect": NUM_ASPECTS,
-            "method": NUM_METHODS,
-            "material": NUM_MATERIALS,
+        facets = {
+            "field": ("ology", NUM_FIELDS),
+            "subfield": ("ics", NUM_FIELDS * SUBFIELDS_PER_FIELD),
+            "aspect": ("ion", NUM_ASPECTS),
+            "method": ("metry", NUM_METHODS),
+            "material": ("ite", NUM_MATERIALS),
         }
-        for facet, count in counts.items():
+        for facet, (ending, count) in facets.items():
             for value in range(count):
-                self.terms[facet, value] = [self._word(endings[facet]) for _ in range(8)]
+                self.terms[facet, value] = [self._word(ending) for _ in range(8)]
 
     def _word(self, ending: str) -> str:
         while True:

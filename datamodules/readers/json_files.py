@@ -51,14 +51,11 @@ def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]
     An invalid entry with matching brackets is reported as bad. Raises UserError for damage between entries, because the
     start of the next entry is then unknown.
     """
-    count = 0
     with io.open_text(path) as stream:
         window = _JsonWindow(stream, path)
-        for count, _ in window.items(kind):
-            if row := _entry(window, bad, count):
-                yield row
+        yield from _entries(window, bad, kind)
         window.end(kind)
-    bad.end_of_file(path, count)
+    bad.end_of_file(path, window.num_entries)
 
 
 def read_lists(path: Path, bad: BadLines) -> Iterator[tuple[int, Row]]:
@@ -66,16 +63,13 @@ def read_lists(path: Path, bad: BadLines) -> Iterator[tuple[int, Row]]:
 
     Bad entries and damage are handled as in `read_entries`.
     """
-    num_entries = 0
     with io.open_text(path) as stream:
         window = _JsonWindow(stream, path)
         for number, _ in window.items("list", "list", "a JSON list of lists"):
-            for count, _ in window.items("list"):
-                num_entries += 1
-                if row := _entry(window, bad, count):
-                    yield number - 1, row
+            for row in _entries(window, bad):
+                yield number - 1, row
         window.end("list")
-    bad.end_of_file(path, num_entries)
+    bad.end_of_file(path, window.num_entries)
 
 
 def read_members(
@@ -88,26 +82,23 @@ def read_members(
 
     optional: further keys, which may be missing. A value that is not a list is one entry.
     """
-    num_entries, seen = 0, set[str]()
+    seen = set[str]()
     with io.open_text(path) as stream:
         window = _JsonWindow(stream, path)
         for _, key in window.items("object", "member"):
             seen.add(key)
             if key in keys or (key in optional and window.peek() == "["):
-                for count, _ in window.items("list"):
-                    num_entries += 1
-                    if row := _entry(window, bad, count):
-                        yield key, row
-            elif key in optional:
-                num_entries += 1
-                if row := _entry(window, bad, 1, key):
+                for row in _entries(window, bad):
                     yield key, row
+            elif key in optional:
+                if entry := _entry(window, bad, 1, key):
+                    yield key, entry
             else:
                 window.skip(key)
         window.end("object")
     if missing := [key for key in keys if key not in seen]:
         raise UserError(f"{path}: the object has no {missing[0]}")
-    bad.end_of_file(path, num_entries)
+    bad.end_of_file(path, window.num_entries)
 
 
 def read_whole_json(path: Path) -> Any:
@@ -147,11 +138,19 @@ def _json_error(error: Exception, start: int = 0) -> str:
     return "contains a number that is too long"  # Python converts at most 4,300 digits
 
 
+def _entries(window: _JsonWindow, bad: BadLines, kind: str = "list") -> Iterator[Row]:
+    """Yield the valid entries of the list or object at the window's position."""
+    for number, _ in window.items(kind):
+        if row := _entry(window, bad, number):
+            yield row
+
+
 def _entry(window: _JsonWindow, bad: BadLines, count: int, what: str = "") -> Row | None:
     """Return the value at the window's position as a row, or None if it is invalid, which is reported as bad.
 
     count: number of the entry. what: its name in errors, by default its number.
     """
+    window.num_entries += 1
     window.peek()
     number = window.line
     value, text, reason = window.next_value(what or f"entry {count}")
@@ -166,6 +165,7 @@ class _JsonWindow:
     """A window that slides over the text of a JSON file, for the standard decoder to read one value after another.
 
     text: current part of the file. position: index of the next character. line: line number of that character, from 1.
+    num_entries: number of entries read so far, with the bad ones.
     """
 
     DECODER = json.JSONDecoder()
@@ -178,6 +178,7 @@ class _JsonWindow:
     def __init__(self, stream: TextIO, path: Path):
         self.stream, self.path = stream, path
         self.text, self.position, self.line, self.ended = "", 0, 1, False
+        self.num_entries = 0
 
     def peek(self) -> str:
         """Return the next character that is not space, or "" at the end of the file."""

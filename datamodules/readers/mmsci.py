@@ -18,7 +18,7 @@ from datamodules.leakage import normal
 from datamodules.options import REQUIRED, option
 from datamodules.readers.checks import SPLITS, check_percentages, split_of
 from datamodules.readers.collecting import FolderReader, check_collection
-from datamodules.readers.io import check_folder, find_optional_file
+from datamodules.readers.io import check_folder, find_optional_file, find_split_files
 from datamodules.readers.json_files import as_object, read_entries, read_lists, read_members, read_whole_json
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import Collection, Document, Qrels, UserError, check_choice, explained
@@ -118,7 +118,6 @@ class MMSciReader(FolderReader):
         check_percentages(self.dev_percent, self.test_percent)
 
     def sources(self) -> list[Path]:
-        """Return the files to read."""
         articles = [path for path, _ in self._article_files().values()]
         return [*self._question_files().values(), *(path for _, path in self._split_files()), *articles]
 
@@ -157,20 +156,19 @@ class MMSciReader(FolderReader):
 
     def _split_files(self) -> list[tuple[str, Path]]:
         """Return (split, file) of the lists. If there are none, of the files in benchmark/dev and benchmark/test."""
-        raw, benchmark = self.root / "rawdata", self.root / "benchmark"
-        lists = [(split, find_optional_file(raw, f"{split}_split_ids.json")) for split in SPLITS]
-        if not any(path for _, path in lists):
-            names = ((split, name) for split in ("dev", "test") for name in (GENERATION, MATCHING))
-            lists = [(split, find_optional_file(benchmark / split, name)) for split, name in names]
-        return [(split, path) for split, path in lists if path]
+        names = [(split, f"rawdata/{split}_split_ids.json") for split in SPLITS]
+        if not any(find_optional_file(self.root, name) for _, name in names):
+            names = [
+                (split, f"benchmark/{split}/{name}") for split in ("dev", "test") for name in (GENERATION, MATCHING)
+            ]
+        return [(split, path) for split, name in names if (path := find_optional_file(self.root, name))]
 
     def _question_files(self) -> dict[str, Path]:
         if self.view != "choices":
             return {}
-        paths = {split: find_optional_file(self.root / "benchmark" / split, MATCHING) for split in ("train", "dev")}
-        if not (found := {split: path for split, path in paths.items() if path}):
-            raise UserError(f"{self.root / 'benchmark' / 'dev' / MATCHING}: no such file (also not as .gz or .zst)")
-        return found
+        name = f"benchmark/SPLIT/{MATCHING}"
+        files = find_split_files(self.root, name, names={"train": "train", "dev": "dev"})
+        return files or {"dev": self.find(name.replace("SPLIT", "dev"))}  # raises UserError
 
     def _splits(self) -> dict[str, str]:
         """Return the published split of each article."""

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import IO
 
 from datamodules.files import open_new, read_regular, write_text
+from datamodules.readers.io import EXPANSION, MIN_EXPANSION
 from datamodules.records import UserError, explained
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,6 @@ TIMEOUT = 60  # seconds without a byte
 CHUNK = 1 << 20
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 RETRIED_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
-# Texts shrink to a fifth, and repetitive ones to a fiftieth. An archive made to fill a disk expands a thousandfold.
-EXPANSION, MIN_EXPANSION = 200, 1 << 30
 RESERVE = 1 << 28  # bytes that unpacking leaves free on the disk
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 DAMAGED_ARCHIVE = (
