@@ -118,6 +118,7 @@ class CompanionSource:
         return dataclasses.replace(self, table=None)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True, eq=False)
 class Collator:
     """Make batches of one task's examples.
 
@@ -130,25 +131,17 @@ class Collator:
     companions: sources of the batches' companions, each with the token ids of its table.
     """
 
-    def __init__(
-        self,
-        task: str,
-        examples: Sequence[Example],
-        tokens: Sequence[np.ndarray],
-        *,
-        token_budget: int,
-        num_hard_negatives: int,
-        seed: int,
-        num_positives: int = 1,
-        example_at: ExampleAt = example_of_data,
-        texts: Sequence[Document] | None = None,
-        teacher_vectors: StoredVectors | None = None,
-        companions: Sequence[tuple[CompanionSource, Sequence[np.ndarray]]] = (),
-    ):
-        self.task, self.examples, self.tokens = task, examples, tokens
-        self.token_budget, self.seed, self.texts, self.teacher_vectors = token_budget, seed, texts, teacher_vectors
-        self.num_positives, self.num_hard_negatives = num_positives, num_hard_negatives
-        self.example_at, self.companions = example_at, companions
+    task: str
+    examples: Sequence[Example]
+    tokens: Sequence[np.ndarray]
+    token_budget: int
+    num_hard_negatives: int
+    seed: int
+    num_positives: int = 1
+    example_at: ExampleAt = example_of_data
+    texts: Sequence[Document] | None = None
+    teacher_vectors: StoredVectors | None = None
+    companions: Sequence[tuple[CompanionSource, Sequence[np.ndarray]]] = ()
 
     def __call__(self, draws: Sequence[Draw], step: int) -> ContrastiveBatch:
         queries, positives, negatives, known = [], [], [], []
@@ -211,12 +204,14 @@ class Collator:
         return tuple(chunks), text_index
 
 
+@dataclass(frozen=True, eq=False)
 class MultiTaskBatches(Dataset):
     """The batches of one rank, by step."""
 
-    def __init__(self, collators: Mapping[str, Collator], schedule: Schedule, rank: int, world_size: int):
-        self.collators = collators
-        self.schedule, self.rank, self.world_size = schedule, rank, world_size
+    collators: Mapping[str, Collator]
+    schedule: Schedule
+    rank: int
+    world_size: int
 
     def __getitem__(self, step: int) -> ContrastiveBatch:
         draws = self.schedule.draws(step, self.rank, self.world_size)
@@ -354,9 +349,9 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
     def _collator(self, task: TaskDataModule) -> Collator:
         tokens = task.tokens(self._encoding(task))
         return Collator(
-            task.task.name,
-            task.examples,
-            tokens,
+            task=task.task.name,
+            examples=task.examples,
+            tokens=tokens,
             token_budget=self.options.token_budget,
             num_positives=task.options.num_positives,
             num_hard_negatives=task.options.num_hard_negatives,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 Item = TypeVar("Item")
 
 
+@dataclass(eq=False, repr=False)
 class ExampleTable(Sequence[Example]):
     """Examples of one collection, whose rows start at 0. The arrays may be memory-mapped.
 
@@ -31,16 +33,11 @@ class ExampleTable(Sequence[Example]):
     grades: grade of each judgement, (j,) int32; above 0 is a positive, 0 a hard negative.
     """
 
-    def __init__(
-        self,
-        queries: np.ndarray,
-        document_of_query: np.ndarray,
-        starts: np.ndarray,
-        documents: np.ndarray,
-        grades: np.ndarray,
-    ):
-        self.queries, self.document_of_query = queries, document_of_query
-        self.starts, self.documents, self.grades = starts, documents, grades
+    queries: np.ndarray
+    document_of_query: np.ndarray
+    starts: np.ndarray
+    documents: np.ndarray
+    grades: np.ndarray
 
     @classmethod
     def from_judgements(
@@ -64,16 +61,14 @@ class ExampleTable(Sequence[Example]):
         has_positive[queries[grades > 0]] = True
         kept = has_positive[queries]
         queries, documents, grades = queries[kept], documents[kept], grades[kept]
-        numbers, first, inverse, counts = np.unique(queries, return_index=True, return_inverse=True, return_counts=True)
-        by_first = np.argsort(first, kind="stable")  # queries in order of appearance
-        rank = np.empty(len(numbers), dtype=np.int64)
-        rank[by_first] = np.arange(len(numbers))
-        order = np.argsort(rank[inverse], kind="stable")
-        starts = np.zeros(len(numbers) + 1, dtype=np.int64)
-        np.cumsum(counts[by_first], out=starts[1:])
+        _, first, inverse = np.unique(queries, return_index=True, return_inverse=True)
+        order = np.argsort(first[inverse], kind="stable")  # queries in order of appearance
+        grouped = queries[order]
+        starts = np.flatnonzero(np.diff(grouped, prepend=-1, append=-2))
+        numbers = grouped[starts[:-1]]
         return cls(
-            rows[numbers[by_first]].astype(np.int32),
-            document_of_query[numbers[by_first]].astype(np.int32),
+            rows[numbers].astype(np.int32),
+            document_of_query[numbers].astype(np.int32),
             starts,
             documents[order].astype(np.int32),
             grades[order].astype(np.int32),

@@ -39,7 +39,7 @@ FIELDS = ("id", "title", "text")
 
 
 class StoredDocuments(Mapping[str, Document]):
-    """Documents in an Arrow file, by id, or by number through `rows`."""
+    """Documents in an Arrow file, by id, or by number through `values()`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -70,16 +70,12 @@ class StoredDocuments(Mapping[str, Document]):
         columns = self.batches[index // BATCH_ROWS]
         return Document(*(column[index % BATCH_ROWS].as_py() for column in columns))
 
-    @property
-    def rows(self) -> Rows:
-        return Rows(self)
-
     def __iter__(self) -> Iterator[str]:
         for ids, _, _ in self.batches:
             yield from ids.to_pylist()
 
     def values(self) -> Rows:
-        return self.rows
+        return Rows(self)
 
     def __getitem__(self, key: str) -> Document:
         if self._row_by_id is None:
@@ -160,7 +156,8 @@ class StoredCollection:
         same_id, same_text = self.array("own"), self.array("same")
         rows, document_of_query = rows_of_queries(numbers, len(self.corpus), same_id, same_text, queries_are_documents)
         table = ExampleTable(rows, document_of_query, starts, documents, grades)
-        return [self.corpus.rows, self.queries.rows], table.without_self_links() if queries_are_documents else table
+        table = table.without_self_links() if queries_are_documents else table
+        return [self.corpus.values(), self.queries.values()], table
 
 
 @contextmanager

@@ -34,7 +34,6 @@ class BeirReader(FolderReader, SinkReader):
     """
 
     def sources(self) -> list[Path]:
-        """Return the files to read."""
         check_folder(self.root, "corpus.jsonl, queries.jsonl and qrels/")
         files = [self.find("corpus.jsonl"), self.find("queries.jsonl")]
         if not (splits := find_split_files(self.root, "qrels/SPLIT.tsv")):

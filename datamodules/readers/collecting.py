@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,10 @@ class FolderReader(LineReader):
     def root(self) -> Path:
         """The folder."""
         return Path(self.folder)
+
+    @abstractmethod
+    def sources(self) -> list[Path]:
+        """Return the files to read."""
 
     def find(self, *names: str) -> Path:
         """Return the path of the first of the names that exists. Raises UserError if none of them does."""
@@ -121,6 +125,7 @@ def check_known(ids: Sequence[str], corpus: Container[str], key: str) -> None:
         raise UserError(f"{key}: {len(unknown)} of {len(ids)} ids are not in the corpus, first {unknown[0]!r}")
 
 
+@dataclass
 class Judgements:
     """The judgements of one split, collected line by line from a file of its own.
 
@@ -131,31 +136,26 @@ class Judgements:
     Under "fail", `finish` reports all unknown queries together. Under "skip", each of them is a bad line.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        queries: Container[str],
-        corpus: Container[str],
-        bad: BadLines,
-        query_file: str,
-        target: JudgementTarget | None = None,
-    ):
-        self.path, self.queries, self.corpus, self.query_file = path, queries, corpus, query_file
-        self.bad, self.target = bad, target or self._keep
-        self.qrels: dict[str, dict[str, int]] = {}
-        self.unknown: list[str] = []
+    path: Path
+    queries: Container[str]
+    corpus: Container[str]
+    bad: BadLines
+    query_file: str
+    target: JudgementTarget | None = None
+    qrels: dict[str, dict[str, int]] = field(default_factory=dict, init=False)
+    unknown: list[str] = field(default_factory=list, init=False)
 
     def add(self, query: str, document: str, grade: int) -> None:
         if query in self.queries:
-            self.target(query, document, grade)
+            if self.target:
+                self.target(query, document, grade)
+            else:
+                _add_grade(self.qrels.setdefault(query, {}), query, document, grade)
             self.bad.gaps.add_judgements(self.path, (document,), self.corpus)
         elif self.bad.fails:
             self.unknown.append(query)
         else:
             raise UserError(f"the query id {query!r} is not in {self.query_file}")
-
-    def _keep(self, query: str, document: str, grade: int) -> None:
-        _add_grade(self.qrels.setdefault(query, {}), query, document, grade)
 
     def finish(self) -> Qrels:
         """Return all judgements. Raises UserError if there were unknown queries."""

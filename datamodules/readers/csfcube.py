@@ -29,7 +29,6 @@ class CsfCubeReader(FolderReader):
     facet: str = option(REQUIRED, "facet in which papers are similar", choices=("background", "method", "result"))
 
     def sources(self) -> list[Path]:
-        """Return the files to read."""
         return list(map(self.find, ("abstracts-csfcube-preds.jsonl", f"test-pid2anns-csfcube-{self.facet}.json")))
 
     def collect(self, bad: BadLines) -> Collection:

@@ -49,7 +49,6 @@ class DorisMaeReader(FolderReader):
     )
 
     def sources(self) -> list[Path]:
-        """Return the file to read."""
         return [self.find("DORIS-MAE_dataset_v1.json")]
 
     def collect(self, bad: BadLines) -> Collection:

@@ -42,7 +42,6 @@ class JsonlReader(FolderReader, SinkReader):
     dev_percent: int = option(5, "percentage of queries in the dev split, used with train_until", minimum=0, maximum=99)
 
     def sources(self) -> list[Path]:
-        """Return the files to read."""
         return [self._corpus_file(), *self._split_files().values()]
 
     def _corpus_file(self) -> Path:

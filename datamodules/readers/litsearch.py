@@ -28,7 +28,6 @@ class LitSearchReader(FolderReader):
     """
 
     def sources(self) -> list[Path]:
-        """Return the files to read."""
         return [*self._files("query"), *self._files("corpus_clean")]
 
     def _files(self, config: str) -> list[Path]:

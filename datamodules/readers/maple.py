@@ -100,7 +100,6 @@ class MapleReader(FolderReader):
         return [self.root, *map(Path, self.further or ())]
 
     def sources(self) -> list[Path]:
-        """Return the files to read."""
         labels = [self._labels_file()] if self.view == "labels" else []
         return [*map(self._papers_file, self.folders), *labels]
 
@@ -117,18 +116,17 @@ class MapleReader(FolderReader):
         for id, documents in relevant.items():
             if documents:
                 splits[self._split(papers[id])][id] = documents
-        train, is_labelled = splits["train"], self.view != "citations"
-        neighbours = _Neighbours(papers, train, is_labelled, self.negatives or (), self.seed)
-        judged = {
-            id: dict.fromkeys(neighbours.draw(id, relevant[id], self.num_negatives), 0) | dict.fromkeys(documents, 1)
-            for id, documents in (self._cap(train) if is_labelled else train).items()
-        }
-        others = {
+        is_labelled = self.view != "citations"
+        neighbours = _Neighbours(papers, splits["train"], is_labelled, self.negatives or (), self.seed)
+        if is_labelled:
+            splits["train"] = self._cap(splits["train"])
+        qrels = {
             split: {id: dict.fromkeys(documents, 1) for id, documents in queries.items()}
             for split, queries in splits.items()
-            if split != "train"
         }
-        qrels = {"train": judged} | others
+        for id, grades in qrels["train"].items():
+            negatives = neighbours.draw(id, relevant[id], self.num_negatives)
+            qrels["train"][id] = dict.fromkeys(negatives, 0) | grades
         queries = {id: papers[id].document for split in qrels.values() for id in split}
         return check_collection(Collection(corpus, queries, qrels), self.folder)
 
@@ -224,6 +222,7 @@ class MapleReader(FolderReader):
         return {id: labels for id, labels in kept.items() if labels}
 
 
+@dataclass
 class _Neighbours:
     """Hard negatives from related training papers (SciMult, section 3.4), drawn with the paper's id and the seed.
 
@@ -233,20 +232,17 @@ class _Neighbours:
     sources: some of NEGATIVES.
     """
 
-    def __init__(
-        self,
-        papers: Mapping[str, _Paper],
-        train: Mapping[str, Sequence[str]],
-        is_labelled: bool,
-        sources: Sequence[str],
-        seed: int,
-    ):
-        self.papers, self.train, self.is_labelled = papers, train, is_labelled
-        self.sources, self.seed = sources, seed
+    papers: Mapping[str, _Paper]
+    train: Mapping[str, Sequence[str]]
+    is_labelled: bool
+    sources: Sequence[str]
+    seed: int
+
+    def __post_init__(self) -> None:
         self.by_author, self.by_venue = defaultdict(list), defaultdict(list)
-        for id in train if sources else ():
-            self.by_venue[papers[id].venue].append(id)
-            for author in papers[id].authors:
+        for id in self.train if self.sources else ():
+            self.by_venue[self.papers[id].venue].append(id)
+            for author in self.papers[id].authors:
                 self.by_author[author].append(id)
 
     def draw(self, id: str, relevant: Sequence[str], number: int) -> list[str]:

@@ -35,7 +35,6 @@ class PmcPatientsReader(FolderReader):
     task: str = option(REQUIRED, "task; in PPR, queries of the train split are documents of the corpus", choices=TASKS)
 
     def sources(self) -> list[Path]:
-        """Return the files to read."""
         splits = self._split_files()
         return [self._corpus_file(), *map(self._queries_file, splits), *splits.values()]
 

@@ -49,7 +49,6 @@ class SciDocsReader(FolderReader):
     )
 
     def sources(self) -> list[Path]:
-        """Return the files to read."""
         return [self._papers_file(), *self._labels_file(), *self._split_files().values()]
 
     def _papers_file(self) -> Path:

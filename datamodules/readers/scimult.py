@@ -64,7 +64,6 @@ class SciMultReader(FolderReader):
         check_choice(f"dataset (of {self.task})", self.dataset, DATASETS[self.task])
 
     def sources(self) -> list[Path]:
-        """Return the files to read."""
         folder = self.root / self.task
         check_folder(folder, f"files such as {self.dataset}_papers_test.json")
         prefixes = (f"{self.dataset}_", f"{self.dataset.removeprefix('PMCPatients')}_test_qrels")

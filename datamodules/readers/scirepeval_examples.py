@@ -54,7 +54,6 @@ class SciRepEvalExamplesReader(FolderReader):
     )
 
     def sources(self) -> list[Path]:
-        """Return the files to read."""
         return [*evaluation_files(self.root), *(path for paths in self._judgement_files().values() for path in paths)]
 
     def _judgement_files(self) -> dict[str, list[Path]]:

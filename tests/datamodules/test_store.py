@@ -203,15 +203,15 @@ def test_stored_documents_span_several_arrow_batches(tmp_path):
     actual = stored(Many(None, tmp_path / "data"), tmp_path / "cache")
     assert len(actual.corpus) == count
     for i in (0, BATCH_ROWS - 1, BATCH_ROWS, 2 * BATCH_ROWS, count - 1):
-        assert actual.corpus.rows[i] == Document(f"d{i}", text_of(i), f"{text_of(i)} {i}")
-    assert actual.corpus.rows[-1].id == f"d{count - 1}"
+        assert actual.corpus.values()[i] == Document(f"d{i}", text_of(i), f"{text_of(i)} {i}")
+    assert actual.corpus.values()[-1].id == f"d{count - 1}"
     with pytest.raises(IndexError):
-        actual.corpus.rows[count]
+        actual.corpus.values()[count]
     (example,) = actual.table(False)[1]
     assert (example.query, example.positives, example.hard_negatives) == (count, (count - 1,), (0,))
     again = pickle.loads(pickle.dumps(actual.corpus))
     assert isinstance(again, StoredDocuments)
-    assert again["d5"] == actual.corpus.rows[5]
+    assert again["d5"] == actual.corpus.values()[5]
 
 
 def test_file_changed_with_the_same_time_is_converted_again(streamed, tmp_path):
