@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from datamodules.tokens import CACHE, Encoding, tokenise_ahead
 from experiments.bench import mining
 from experiments.bench.peer import DEFAULT_BATCH, PEER, Peer, attentions, peer_version
 from experiments.bench.workload import KINDS, SHAPES, TASK, Workload
+from experiments.run.trials import read_rows
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.export import save_dense
@@ -318,8 +318,7 @@ def real_training(workload: Workload, folder: Path) -> float:
     )
     if result.returncode:
         raise RuntimeError("make train failed: " + " ".join((result.stdout + result.stderr).splitlines()[-3:]))
-    lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if "train/tokens_per_second" in row]
+    rows = [row for row in read_rows(folder / "run" / "metrics.jsonl") if "train/tokens_per_second" in row]
     first, last = rows[0], rows[-1]
     return (last["step"] - first["step"]) * workload.queries / (last["time"] - first["time"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import multiprocessing
 import statistics
 import time
@@ -38,7 +39,7 @@ def backbone_of(size: Mapping[str, int], num_words: int = 1000) -> tuple[nn.Modu
     config = {
         "hidden_size": size["hidden"],
         "num_hidden_layers": size["layers"],
-        "num_attention_heads": max(1, size["hidden"] // 64),
+        "num_attention_heads": math.gcd(size["hidden"], max(1, size["hidden"] // 64)),  # a divisor of the width
         "intermediate_size": 4 * size["hidden"],
     }
     return random_backbone(config, vocabulary)

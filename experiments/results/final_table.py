@@ -91,8 +91,7 @@ class FinalTable:
         split, first = self.results.info.split, self.results.info.metrics[0]
         trained = {name: table.systems["trained"].metrics for name, table in self.results.benchmarks.items()}
         values = {f"{split}/{name}/{metric}": x for name, metrics in trained.items() for metric, x in metrics.items()}
-        mean = sum(metrics[first] for metrics in trained.values()) / len(trained)
-        return values | {f"{split}/mean/{first}": mean}
+        return values | {f"{split}/mean/{first}": self.results.means()["trained"]}
 
     def rows(self) -> tuple[list[str], list[list[Any]]]:
         """Return columns and rows of the table, for loggers."""

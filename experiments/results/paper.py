@@ -81,13 +81,11 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class PaperTable:
-    """A table. rows: system -> a cell for each column. averages: system -> mean of its row, as printed."""
+    """A table. rows: system -> a cell for each column."""
 
     name: str
-    title: str
     columns: tuple[Column, ...]
     rows: Mapping[str, tuple[Cell | None, ...]]
-    averages: Mapping[str, Cell | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,23 +200,18 @@ def _verdict(ours: float, paper: Cell) -> Verdict:
 
 def _read_table(path: Path) -> PaperTable:
     content = structured(TableFile, [read_yaml(path)], str(path))
-    columns = tuple(column for group in content.columns for column in _columns(group))
-    rows, averages = {}, {}
-    for system, line in content.rows.items():
-        cells, _, average = line.partition("|")
-        rows[system] = tuple(map(_read_cell, cells.split()))
-        if len(rows[system]) != len(columns):
-            raise UserError(f"{path}: {system} has {len(rows[system])} cells, expected {len(columns)}, one per column")
-        if average:
-            averages[system] = _read_cell(average.strip())
-    return PaperTable(content.name, content.title, columns, rows, averages)
-
-
-def _columns(group: ColumnGroup) -> list[Column]:
-    for metric in group.metrics:
-        parse_metric(metric)
-    rest = (group.queries, group.documents, group.similarity)
-    return [Column(group.protocol, metric, *rest) for metric in group.metrics]
+    columns = tuple(
+        Column(group.protocol, metric, group.queries, group.documents, group.similarity)
+        for group in content.columns
+        for metric in group.metrics
+    )
+    for column in columns:
+        parse_metric(column.metric)
+    rows = {system: tuple(map(_read_cell, line.partition("|")[0].split())) for system, line in content.rows.items()}
+    for system, cells in rows.items():
+        if len(cells) != len(columns):
+            raise UserError(f"{path}: {system} has {len(cells)} cells, expected {len(columns)}, one per column")
+    return PaperTable(content.name, columns, rows)
 
 
 def _read_cell(text: str) -> Cell | None:

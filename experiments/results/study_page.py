@@ -215,11 +215,11 @@ def tables(content: Content) -> dict[str, Table]:
         result[f"Means over benchmarks: {group}"] = _value_table(content, means)
     if content["gains"]:
         result[f"Gain over {content['start']}"] = _difference_table(content["gains"])
-    if content.get("held_out"):
+    if content["held_out"]:
         result[FORGETTING] = _forgetting_table(content)
     if content["tests"]:
         result["Comparisons"] = _difference_table(content["tests"])
-    if content.get("interference"):
+    if content["interference"]:
         result[INTERFERENCE] = interference_table(content["interference"])
     shown = {name: each for name, each in content["benchmarks"].items() if each["group"] != TRANSPLANTED}
     for task in dict.fromkeys(each["task"] for each in shown.values()):
@@ -391,5 +391,6 @@ def plot_of(content: Content) -> str:
 
 def read_study_json(path: Path) -> dict[str, Any]:
     """Return the content of a study.json."""
-    kinds = {"title": str, "values": dict, "start": str, "benchmarks": dict, "arms": dict, "gains": list, "tests": list}
-    return read_json(path, kinds | {"incomplete": list})
+    lists = ("gains", "held_out", "tests", "interference", "incomplete")
+    kinds = {"title": str, "values": dict, "start": str, "benchmarks": dict, "arms": dict}
+    return read_json(path, kinds | dict.fromkeys(lists, list))

@@ -16,6 +16,7 @@ from datamodules.text import input_text
 from experiments.__main__ import benches
 from experiments.bench import grad_cache, sharding
 from experiments.bench.peer_training import pairs_of
+from experiments.bench.timing import backbone_of
 from experiments.build.data import build_data
 from experiments.build.module import build_module
 from experiments.config.experiment import load_config
@@ -70,6 +71,13 @@ def test_small_run_on_the_cpu(name, tmp_path, monkeypatch, capsys):
         pytest.importorskip("sentence_transformers")
     importlib.import_module(f"experiments.bench.{name}").main([*arguments_of(name, tmp_path), "device=cpu"])
     assert PRINTED.get(name, "") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("hidden", [100, 128, 200, 384])
+def test_backbone_of_any_width_has_heads_that_divide_it(hidden):
+    """hidden=200 was refused, because three heads of about 64 do not divide it."""
+    backbone, _ = backbone_of({"layers": 1, "hidden": hidden})
+    assert backbone.config.hidden_size == hidden
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
