@@ -126,7 +126,9 @@ def _encoding(workload: Workload, setting: str, encoder: Encoder, cached: bool =
 def _texts_figure(
     system: str, setting: str, workload: Workload, encoder: Encoder, seconds: float, is_default: bool = False
 ) -> Figure:
+    """Return the figure of a forward pass of all texts."""
     flops, speed = forward_flops(encoder, workload.lengths, TASK) / seconds, len(workload.documents) / seconds
+    setting += " (default)" if is_default else ""
     return Figure(system, setting, speed, "texts/s", flops, flops / workload.ceiling, is_default)
 
 
@@ -143,7 +145,7 @@ def _peer_encodings(workload: Workload) -> Iterator[Figure]:
                 most=3,
             )
             is_default = size == DEFAULT_BATCH and attention == "sdpa"
-            setting = f"batch {size}, {attention}" + (" (default)" if is_default else "")
+            setting = f"batch {size}, {attention}"
             yield _texts_figure(PEER, setting, workload, workload.encoder(), seconds, is_default)
 
 
@@ -184,7 +186,7 @@ def train(workload: Workload) -> Iterator[Figure]:
         for attention, dropout in itertools.product(attentions(workload), (0.0, 0.1)):
             step = Peer(workload, attention).training_step(workload.queries, dropout)
             seconds, is_default = workload.median_seconds(step), attention == "sdpa" and dropout > 0
-            setting = f"dropout {dropout:g}, {attention}" + (" (default)" if is_default else "")
+            setting = f"dropout {dropout:g}, {attention}"
             yield _pairs_figure(PEER, setting, workload, workload.encoder(), batches[:1], seconds, is_default)
     for name, rates in list(DROPOUTS.items())[1:]:
         yield _step_figure(f"Vanilla, {name}", workload, workload.new_encoder(), batches, rates)
@@ -219,6 +221,7 @@ def _pairs_figure(
     lengths = [length for batch in batches for chunk in batch.chunks for length in chunk.lengths]
     flops = training_flops(encoder, np.array(lengths), TASK) / len(batches) / seconds
     pairs = len(batches[0].queries) / seconds
+    setting += " (default)" if is_default else ""
     return Figure(system, setting, pairs, "pairs/s", flops, flops / workload.ceiling, is_default)
 
 
@@ -233,9 +236,8 @@ def grad_cache(workload: Workload) -> Iterator[Figure]:
             step = Peer(workload).training_step(pairs, 0.0, hard_negatives=0, mini_batch=size)
             warm_up = Peer(workload).training_step(size, 0.0, hard_negatives=0, mini_batch=size)
             seconds, is_default = once.median_seconds(step, warm_up), size == 32
-            setting = f"{pairs:,} pairs, chunks of {size}" + (" (default)" if is_default else "")
-            encoder = workload.encoder()
-            yield _pairs_figure(PEER, setting, workload, encoder, batches, seconds, is_default)
+            setting = f"{pairs:,} pairs, chunks of {size}"
+            yield _pairs_figure(PEER, setting, workload, workload.encoder(), batches, seconds, is_default)
 
 
 def search(workload: Workload) -> Iterator[Figure]:

@@ -23,7 +23,6 @@ from experiments.bench.timing import (
 )
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
-from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.memory import Memory
 from lightning_modules.retrieval.compute import resolve_device
@@ -86,10 +85,9 @@ def seconds_per_pair(options: GradCacheOptions) -> tuple[float, float]:
 def step_of(options: GradCacheOptions, pairs: int, cache: bool) -> Run:
     """Return a function that runs one training step, to its end."""
     encoder = SharedEncoder(*backbone_of(vars(options), VOCABULARY - 5), {"search": "search"}, pooling="mean")
-    module = ContrastiveModule(encoder, grad_cache=cache, total_steps=1000, similarity="cosine", temperature=0.05)
     budget = 2 * options.small * options.tokens  # chunks as large as the small batch
     batch = random_pairs("search", pairs, options.tokens, budget).to(options.device)
-    step = training_step(module.to(options.device), [batch])
+    step = training_step(encoder.to(options.device), [batch], grad_cache=cache)
 
     def run() -> None:
         step()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from datamodules.options import option
 from datamodules.packed import ContrastiveBatch
-from experiments.bench.timing import VOCABULARY, backbone_of, random_pairs, seconds, tasks_of
+from experiments.bench.timing import VOCABULARY, backbone_of, module_of, random_pairs, seconds, tasks_of
 from experiments.config.arguments import parse
 from experiments.shared.console import entry_point, table_console
 from lightning_modules.contrastive import ContrastiveModule
@@ -84,13 +84,15 @@ def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) 
     _mallopt(M_MMAP_THRESHOLD, 128 << 10)
     memory = Memory(device)
     before = 0 if on_gpu else memory.peak()
-    module = make_module(options, grad_cache="GradCache" in strategy).to(device).train()
+    backbone, tokenizer = backbone_of(vars(options), VOCABULARY - 5)
+    encoder = MoEEncoder(backbone, tokenizer, tasks_of(options.experts), pooling="mean").to(device)
+    module = module_of(encoder, grad_cache="GradCache" in strategy)
     step: nn.Module = _Step(module)
     if strategy == "ddp":
         ids = [rank] if on_gpu else None
         step = nn.parallel.DistributedDataParallel(step, device_ids=ids, find_unused_parameters=True)
     else:
-        shard(module.encoder, device)
+        shard(encoder, device)
     optimizer, budget = module.configure_optimizers()["optimizer"], options.pairs * options.tokens  # two chunks
     batch = random_pairs("task0", options.pairs, options.tokens, budget, seed=rank).to(device)
 
@@ -125,12 +127,6 @@ class _Step(nn.Module):
 
     def forward(self, batch: ContrastiveBatch) -> Tensor:
         return self.module.training_step(batch, 0)["loss"]
-
-
-def make_module(options: ShardingOptions, grad_cache: bool) -> ContrastiveModule:
-    backbone, tokenizer = backbone_of(vars(options), VOCABULARY - 5)
-    encoder = MoEEncoder(backbone, tokenizer, tasks_of(options.experts), pooling="mean")
-    return ContrastiveModule(encoder, grad_cache=grad_cache, total_steps=1000, similarity="cosine", temperature=0.05)
 
 
 def _mallopt(option: int, value: int) -> None:

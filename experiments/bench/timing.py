@@ -22,6 +22,7 @@ from datamodules.packed import ContrastiveBatch
 from datamodules.records import Example
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone
+from lightning_modules.encoders.base import Encoder
 
 VOCABULARY = 30_522  # number of tokens of BERT
 DEVICES = "auto (a GPU if there is one), cpu, cuda or cuda:N"  # help of the option device
@@ -68,13 +69,21 @@ def batch_of(
     return Collator(task, examples, texts, **budgets, seed=number)([(i, 0) for i in range(pairs)], number)
 
 
+def module_of(encoder: Encoder, grad_cache: bool = False) -> ContrastiveModule:
+    """Return a module that trains the encoder, on its device."""
+    module = ContrastiveModule(encoder, grad_cache=grad_cache, total_steps=10**6, similarity="cosine", temperature=0.05)
+    return module.to(encoder.device).train()
+
+
 def training_step(
-    module: ContrastiveModule,
+    encoder: Encoder,
     batches: Sequence[ContrastiveBatch],
     computing: Callable[[], AbstractContextManager] = nullcontext,
+    grad_cache: bool = False,
 ) -> Callable[[], None]:
     """Return a function that trains on the next of some batches: forward, backward, clipping and fused AdamW."""
-    optimizer, rotation = module.train().configure_optimizers()["optimizer"], itertools.cycle(batches)
+    module = module_of(encoder, grad_cache)
+    optimizer, rotation = module.configure_optimizers()["optimizer"], itertools.cycle(batches)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)

@@ -21,7 +21,6 @@ from datamodules.packed import ContrastiveBatch, Tokens
 from datamodules.records import Document, UserError
 from datamodules.text import input_text, length_sorted_chunks, token_ids
 from experiments.bench.timing import batch_of, training_step
-from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone, set_dropout
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.instruct import InstructEncoder
@@ -127,10 +126,7 @@ class Workload:
         self, encoder: Encoder, batches: Sequence[ContrastiveBatch], grad_cache: bool = False
     ) -> Callable[[], None]:
         """Return a function that trains on the next of some batches, in the precision of the workload."""
-        module = ContrastiveModule(
-            encoder, grad_cache=grad_cache, total_steps=10**6, similarity="cosine", temperature=0.05
-        )
-        return training_step(module.to(self.device), batches, self.computing)
+        return training_step(encoder, batches, self.computing, grad_cache)
 
     def median_seconds(self, run: Callable[[], Any], warm_up: Callable[[], Any] | None = None, most: int = 50) -> float:
         """Return the median time of a function, which runs again and again for `seconds`, but at most `most` times.

@@ -108,16 +108,6 @@ def quote(source: Source, text: Any = None) -> Markup:
     return Markup('<span data-source="{}">{}</span>').format(source.location, text)
 
 
-@dataclass(frozen=True)
-class Tile:
-    """One of the large figures at the top of the page."""
-
-    label: str
-    value: Source
-    form: str
-    unit: str = ""
-
-
 @dataclass
 class ResultRow:
     system: str
@@ -141,7 +131,8 @@ class ResultBlock:
         return len(values) > 1 and row.style != "paper" and row.values[metric].value == max(values)
 
 
-def _tiles(run: RunFiles) -> list[Tile]:
+def _tiles(run: RunFiles) -> list[tuple[str, Source, str, str]]:
+    """Return label, value, format and unit of the large figures at the top of the page."""
     computed, tiles = run.source(COMPUTED), []
     if "mean" in computed:
         metric = run.results.info.metrics[0]
@@ -152,11 +143,11 @@ def _tiles(run: RunFiles) -> list[Tile]:
             "start": "before training",
         }
         means = computed["mean"]
-        tiles = [Tile(label, means[system], ".3f") for system, label in labels.items() if system in means]
+        tiles = [(label, means[system], ".3f", "") for system, label in labels.items() if system in means]
     if computed["time"].value["value"]:
-        tiles.append(Tile("training", computed["time"]["value"], ".1f", computed["time"].value["unit"]))
+        tiles.append(("training", computed["time"]["value"], ".1f", computed["time"].value["unit"]))
     if computed["parameters_million"].value:
-        tiles.append(Tile("parameters", computed["parameters_million"], ",.1f", "million"))
+        tiles.append(("parameters", computed["parameters_million"], ",.1f", "million"))
     return tiles
 
 
@@ -251,25 +242,16 @@ def _expert_charts(run: RunFiles) -> list[Chart | None]:
 
 
 @dataclass(frozen=True)
-class TransplantCell:
-    """A task's loss with one expert.
-
-    loss: None if both tasks share the expert. excess: 0 for its own, 1 for the worst, and 0 for a loss that is not
-    finite.
-    """
-
-    loss: Source | None
-    excess: float
-    is_own: bool
-
-
-@dataclass(frozen=True)
 class Transplants:
-    """The last transplant matrix: each task's loss with the expert of each task."""
+    """The last transplant matrix: each task's loss with the expert of each task, and how much worse that is.
+
+    rows: task -> loss and excess for each expert. The loss is None if both tasks share the expert. The excess is 0 for
+    the task's own expert, 1 for the worst, and 0 for a loss that is not finite.
+    """
 
     step: int
     source: Source
-    rows: dict[str, list[TransplantCell]]
+    rows: dict[str, list[tuple[Source | None, float]]]
 
 
 def _transplants(run: RunFiles) -> Transplants | None:
@@ -279,10 +261,10 @@ def _transplants(run: RunFiles) -> Transplants | None:
     logged = run.row(steps[-1])
     matrix = transplants({key.removeprefix("diag/"): value for key, value in logged.value.items()}, run.tasks)
 
-    def cell(task: str, other: str) -> TransplantCell:
+    def cell(task: str, other: str) -> tuple[Source | None, float]:
         loss = logged[f"diag/{task}/transplant/{other}"] if (task, other) in matrix.values else None
         shade = matrix.shades.get((task, other), 0.0)
-        return TransplantCell(loss, abs(shade) if math.isfinite(shade) else 0.0, other == task)
+        return loss, abs(shade) if math.isfinite(shade) else 0.0
 
     rows = {task: [cell(task, other) for other in run.tasks] for task in run.tasks if (task, task) in matrix.values}
     return Transplants(steps[-1], logged, rows) if rows else None

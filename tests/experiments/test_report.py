@@ -221,9 +221,9 @@ def test_shades_of_transplants_are_numbers_even_if_a_loss_is_not(tmp_path):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump({"tasks": list(order)}))
         transplants = _transplants(RunFiles(tmp_path))
         cells = {
-            (task, other): (cell.loss and cell.loss.value, cell.excess)
+            (task, other): (loss and loss.value, excess)
             for task, each in transplants.rows.items()
-            for other, cell in zip(order, each, strict=True)
+            for other, (loss, excess) in zip(order, each, strict=True)
         }
         assert [cells["a", other] for other in "acd"] == [(1.0, 0.0), (2.0, 0.5), (3.0, 1.0)]
         assert [cells[pair][1] for pair in (("a", "b"), ("b", "a"))] == [0.0, 0.0]
