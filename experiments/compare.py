@@ -145,8 +145,8 @@ def _compare(a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem], options: 
     for comparison, p in zip(compared.values(), holm([c["p"] for c in compared.values()]), strict=True):
         comparison["p_holm"] = p
     return {
-        "A": [f"{system.folder}:{system.system}" for system in a],
-        "B": [f"{system.folder}:{system.system}" for system in b],
+        "A": list(map(str, a)),
+        "B": list(map(str, b)),
         **{key: getattr(options, key) for key in ("level", "draws", "seed")},
         "benchmarks": compared,
         "left_out": left_out,

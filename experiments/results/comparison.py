@@ -48,6 +48,9 @@ class MeasuredSystem:
     results: Results
     packages: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.folder}:{self.system}"
+
     @property
     def benchmarks(self) -> dict[str, BenchmarkTable]:
         """The benchmarks that this system was evaluated on."""

@@ -87,8 +87,8 @@ def compare_with_single_tasks(
         )
     gains = relative_gains(values, **options)
     return {
-        "A": [f"{system.folder}:{system.system}" for system in joint],
-        "single": {task: [f"{s.folder}:{s.system}" for s in systems] for task, systems in single.items()},
+        "A": list(map(str, joint)),
+        "single": {task: list(map(str, systems)) for task, systems in single.items()},
         **options,
         "benchmarks": {name: each | dataclasses.asdict(gains.benchmarks[name]) for name, each in described.items()},
         "tasks": {task: dataclasses.asdict(gain) for task, gain in gains.tasks.items()},
