@@ -300,26 +300,28 @@ def test_workers_do_not_change_the_batches(make_task):
 
 
 class SlowBatches(torch.utils.data.Dataset):
-    def __init__(self, batch, seconds):
-        self.batch, self.seconds = batch, seconds
+    """Batches whose weight is the time at which their preparation starts."""
+
+    def __init__(self, batch):
+        self.batch = batch
 
     def __getitem__(self, step):
-        time.sleep(self.seconds)
-        return dataclasses.replace(self.batch, step=step)
+        started = time.monotonic()
+        time.sleep(0.05)
+        return dataclasses.replace(self.batch, step=step, weight=started)
 
 
 @pytest.mark.slow
-def test_workers_prepare_batches_during_the_steps(make_task):
-    seconds, count = 0.05, 30
-    batch = make_task(SearchDataModule).train_dataloader().batches[0]
-    times = {}
-    for workers in (0, 1):
-        started = time.perf_counter()
-        for _ in ResumableLoader(SlowBatches(batch, seconds), count, {}, num_workers=workers):
-            time.sleep(seconds)  # the step
-        times[workers] = time.perf_counter() - started
-    assert times[0] >= 2 * seconds * count
-    assert times[1] < 1.5 * seconds * count
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_prepare_batches_during_the_steps(make_task, workers):
+    """The times of events are compared, because durations depend on the load of the machine."""
+    batch, started, ended = make_task(SearchDataModule).train_dataloader().batches[0], [], []
+    for prepared in ResumableLoader(SlowBatches(batch), 20, {}, num_workers=workers):
+        time.sleep(0.05)  # the step
+        started.append(prepared.weight)
+        ended.append(time.monotonic())
+    early = [start < end for start, end in zip(started[1:], ended, strict=False)]  # before the last step ended
+    assert sum(early) > 10 if workers else not any(early)
 
 
 @pytest.mark.parametrize(
