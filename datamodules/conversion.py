@@ -48,15 +48,11 @@ class StreamingReader(FileReader, Protocol):
 def describe(reader: FileReader) -> str:
     """Describe a reader by its class and settings, without the quarantine file. The cache's key contains it."""
     settings = {name: value for name, value in vars(reader).items() if name != "quarantine" and name[0] != "_"}
-    paths = {name: Path(value) for name, value in settings.items() if name in PATHS and isinstance(value, str)}
-    shown = ", ".join(f"{name}={_absolute(value)!r}" for name, value in sorted((settings | paths).items()))
+    for name, value in settings.items():
+        if isinstance(value, Path) or (name in PATHS and isinstance(value, str)):
+            settings[name] = str(Path(value).resolve())
+    shown = ", ".join(f"{name}={value!r}" for name, value in sorted(settings.items()))
     return f"{type(reader).__module__}.{type(reader).__qualname__}({shown})"
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _absolute(inner) for key, inner in value.items()}
-    return str(value.resolve()) if isinstance(value, Path) else value
 
 
 def stored(reader: FileReader, cache: Path) -> StoredCollection:
