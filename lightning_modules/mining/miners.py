@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from datamodules.citation_graph import CitationGraph
+from datamodules.options import check_number
 from datamodules.records import MiningPool, UserError, explained, short
 from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.search import MEMORY, Shards, top_k
@@ -127,37 +128,47 @@ class ShownMiner(Miner):
     """
 
     def rank(self, pool, queries, k, context):
-        starts, documents = pool.judged_negatives.starts, pool.judged_negatives.values
-        rows = np.full((len(queries), k), -1, dtype=np.int64)
-        for i, query in enumerate(queries):
-            shown = documents[starts[query] : starts[query + 1]][:k]
-            rows[i, : len(shown)] = shown
+        shown = pool.judged_negatives.take(np.array(queries)).padded()[:, :k].astype(np.int64)
+        rows = np.pad(shown, ((0, 0), (0, k - shown.shape[1])), constant_values=-1)
         return rows, np.zeros(rows.shape)
 
 
-class TwoHopMiner(Miner):
-    """Rank documents that are two links away from the query. Their score is the number of paths.
-
-    Subclasses define the links.
-    """
+class RelatedMiner(Miner):
+    """Rank the documents that are related to a query. Subclasses define which these are."""
 
     @abstractmethod
-    def links(self, pool: MiningPool, context: MiningContext) -> tuple[Sequence[np.ndarray], Mapping[int, np.ndarray]]:
-        """Return the intermediate nodes of each query, and the document rows of each node."""
+    def relations(self, pool: MiningPool, context: MiningContext) -> Any:
+        """Return what `related` needs of a pool. It is computed once."""
+
+    @abstractmethod
+    def related(self, relations: Any, query: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the rows of the documents that are related to a query, and their scores, (n,) each.
+
+        Of documents with equal scores, the first one ranks first.
+        """
 
     def rank(self, pool, queries, k, context):
-        if "links" not in context.prepared:
-            context.prepared["links"] = self.links(pool, context)
-        first_hops, second_hops = context.prepared["links"]
+        if "relations" not in context.prepared:
+            context.prepared["relations"] = self.relations(pool, context)
         k = min(k, len(pool.corpus))
         rows, scores = np.full((len(queries), k), -1, dtype=np.int64), np.zeros((len(queries), k))
         for i, query in enumerate(queries):
-            ends = [second_hops[node] for node in first_hops[query].tolist() if node in second_hops]
-            if ends:
-                documents, num_paths = np.unique(np.concatenate(ends), return_counts=True)
-                best = np.lexsort((documents, -num_paths))[:k]
-                rows[i, : len(best)], scores[i, : len(best)] = documents[best], num_paths[best]
+            documents, values = self.related(context.prepared["relations"], query)
+            best = np.argsort(-values, kind="stable")[:k]
+            rows[i, : len(best)], scores[i, : len(best)] = documents[best], values[best]
         return rows, scores
+
+
+class TwoHopMiner(RelatedMiner):
+    """Rank documents that are two links away from the query. Their score is the number of paths.
+
+    `relations` returns the links: the intermediate nodes of each query, and the document rows of each node.
+    """
+
+    def related(self, relations, query):
+        first_hops, second_hops = relations
+        ends = [second_hops[node] for node in first_hops[query].tolist() if node in second_hops]
+        return np.unique(np.concatenate([np.zeros(0, dtype=np.int64), *ends]), return_counts=True)
 
 
 def positives_of(pool: MiningPool) -> list[np.ndarray]:
@@ -180,7 +191,7 @@ class CitedByCitedMiner(TwoHopMiner):
     The pool's queries must be documents of its corpus.
     """
 
-    def links(self, pool, context):
+    def relations(self, pool, context):
         check_cites(pool, "CitedByCitedMiner")
         positives = positives_of(pool)
         return positives, {
@@ -188,36 +199,31 @@ class CitedByCitedMiner(TwoHopMiner):
         }
 
 
-class RandomWalkMiner(Miner):
+class RandomWalkMiner(RelatedMiner):
     """Rank papers by the mean probability, over 1 to `steps` steps, that a random walk on the citations visits them.
 
     A walk moves between citing and cited papers. The pool's queries must be documents of its corpus.
     """
 
     def __init__(self, steps: int = 2):
-        if steps < 2:
-            raise UserError(f"steps: expected a number of at least 2, got {steps}")
+        check_number("steps", steps, minimum=2)
         self.steps = steps
 
-    def rank(self, pool, queries, k, context):
-        if "graph" not in context.prepared:
-            check_cites(pool, "RandomWalkMiner")
-            # Queries that are not documents of the corpus are nodes after its documents.
-            other_nodes = len(pool.corpus) + np.arange(len(pool.queries))
-            nodes = np.where(pool.document_of_query < 0, other_nodes, pool.document_of_query)
-            pairs = np.stack([nodes[pool.positives.owners], pool.positives.values], axis=1)
-            context.prepared["graph"] = CitationGraph(pairs, len(pool.corpus) + len(pool.queries)), nodes
-        graph, nodes = context.prepared["graph"]
-        k = min(k, len(pool.corpus))
-        rows, scores = np.full((len(queries), k), -1, dtype=np.int64), np.zeros((len(queries), k))
-        for i, query in enumerate(queries):
-            visits = graph.visits(nodes[query], self.steps)
-            visited, step = np.unique(np.concatenate([documents for documents, _ in visits]), return_inverse=True)
-            shares = np.bincount(step, np.concatenate([shares for _, shares in visits]), len(visited)) / self.steps
-            shares[(visited == nodes[query]) | (visited >= len(pool.corpus))] = 0
-            best = np.lexsort((visited, -shares))[: min(k, np.count_nonzero(shares))]
-            rows[i, : len(best)], scores[i, : len(best)] = visited[best], shares[best]
-        return rows, scores
+    def relations(self, pool, context):
+        check_cites(pool, "RandomWalkMiner")
+        # Queries that are not documents of the corpus are nodes after its documents.
+        other_nodes = len(pool.corpus) + np.arange(len(pool.queries))
+        nodes = np.where(pool.document_of_query < 0, other_nodes, pool.document_of_query)
+        pairs = np.stack([nodes[pool.positives.owners], pool.positives.values], axis=1)
+        return CitationGraph(pairs, len(pool.corpus) + len(pool.queries)), nodes, len(pool.corpus)
+
+    def related(self, relations, query):
+        graph, nodes, num_documents = relations
+        visits = graph.visits(nodes[query], self.steps)
+        visited, number = np.unique(np.concatenate([rows for rows, _ in visits]), return_inverse=True)
+        shares = np.bincount(number, np.concatenate([shares for _, shares in visits]), len(visited)) / self.steps
+        is_other = (visited != nodes[query]) & (visited < num_documents)
+        return visited[is_other], shares[is_other]
 
 
 class LabelsOfCitedMiner(TwoHopMiner):
@@ -226,7 +232,7 @@ class LabelsOfCitedMiner(TwoHopMiner):
     Citations come from the link prediction pools, whose papers must have the same ids.
     """
 
-    def links(self, pool, context):
+    def relations(self, pool, context):
         cited: dict[str, list[str]] = {}
         for other in context.pools:
             for query, row, positives in zip(other.queries, other.document_of_query, positives_of(other), strict=True):
@@ -245,7 +251,7 @@ class LabelsOfCitedMiner(TwoHopMiner):
         return first_hops, dict(enumerate(positives_of(pool)))
 
 
-class SharingMiner(Miner):
+class SharingMiner(RelatedMiner):
     """Take papers that share an author, venue or other value with the query's paper (SciMult, section 3.4).
 
     If those papers are not documents of the corpus, as in classification, take their positives (labels). Papers that
@@ -259,31 +265,10 @@ class SharingMiner(Miner):
     """
 
     def __init__(self, papers: str, field: str, id: str = "id", most: int = 1000, seed: int = 0):
-        if most < 1:
-            raise UserError(f"most: expected a number above 0, got {most}")
+        check_number("most", most, above=0)
         self.papers, self.field, self.id, self.most, self.seed = papers, field, id, most, seed
 
-    def rank(self, pool, queries, k, context):
-        if "sharing" not in context.prepared:
-            context.prepared["sharing"] = self._groups(pool)
-        groups: _SharedValues = context.prepared["sharing"]
-        k = min(k, len(pool.corpus))
-        rows, scores = np.full((len(queries), k), -1, dtype=np.int64), np.zeros((len(queries), k))
-        for i, query in enumerate(queries):
-            rng = np.random.default_rng([self.seed, query])
-            sharing = [
-                rng.permutation(group)[: self.most] if len(group) > self.most else group
-                for group in (groups.queries_of_value[value] for value in groups.values[query])
-            ]
-            others = [other for group in sharing for other in group.tolist() if other != query]
-            if others:
-                candidates = np.concatenate([groups.documents[other] for other in others])
-                documents, num_shared = np.unique(candidates, return_counts=True)
-                best = np.lexsort((rng.random(len(documents)), -num_shared))[:k]
-                rows[i, : len(best)], scores[i, : len(best)] = documents[best], num_shared[best]
-        return rows, scores
-
-    def _groups(self, pool: MiningPool) -> _SharedValues:
+    def relations(self, pool, context):
         values_of_paper = _read_values(Path(self.papers), self.id, self.field, {query.id for query in pool.queries})
         values = [values_of_paper.get(query.id, []) for query in pool.queries]
         queries_of_value = defaultdict(list)
@@ -297,6 +282,19 @@ class SharingMiner(Miner):
             for row, positives in zip(pool.document_of_query, positives_of(pool), strict=True)
         ]
         return _SharedValues(values, {value: np.array(group) for value, group in queries_of_value.items()}, documents)
+
+    def related(self, relations, query):
+        rng = np.random.default_rng([self.seed, query])
+        sharing = [
+            rng.permutation(group)[: self.most] if len(group) > self.most else group
+            for group in (relations.queries_of_value[value] for value in relations.values[query])
+        ]
+        candidates = [relations.documents[other] for group in sharing for other in group.tolist() if other != query]
+        documents, num_shared = np.unique(
+            np.concatenate([np.zeros(0, dtype=np.int64), *candidates]), return_counts=True
+        )
+        order = rng.random(len(documents)).argsort()
+        return documents[order], num_shared[order]
 
 
 @dataclass(frozen=True)
