@@ -132,8 +132,8 @@ class _GradCache(torch.autograd.Function):
         """Return the gradient of each parameter, or None if it has none, like the experts of other tasks."""
         trained = _trained_parameters(ctx.encoder)
         totals: list[Tensor | None] = [None] * len(trained)
-        for chunk in _chunks_with_graph(ctx, vector_gradients, penalty_gradient):
-            gradients = torch.autograd.grad(chunk.outputs, trained, chunk.gradients, allow_unused=True)
+        for outputs, output_gradients in _chunks_with_graph(ctx, vector_gradients, penalty_gradient):
+            gradients = torch.autograd.grad(outputs, trained, output_gradients, allow_unused=True)
             for i, gradient in enumerate(gradients):
                 if gradient is None:
                     continue
@@ -151,20 +151,15 @@ class _ShardedGradCache(_GradCache):
 
         So no rank ever has the full gradients of all layers in memory.
         """
-        for chunk in _chunks_with_graph(ctx, vector_gradients, penalty_gradient):
-            torch.autograd.backward(chunk.outputs, chunk.gradients)
+        for outputs, output_gradients in _chunks_with_graph(ctx, vector_gradients, penalty_gradient):
+            torch.autograd.backward(outputs, output_gradients)
         return None, None, None, None
 
 
-class _ChunkWithGraph(NamedTuple):
-    """Outputs of a chunk that require a gradient, and these gradients."""
-
-    outputs: tuple[Tensor, ...]
-    gradients: tuple[Tensor, ...]
-
-
-def _chunks_with_graph(ctx: Any, vector_gradients: Tensor, penalty_gradient: Tensor) -> Iterator[_ChunkWithGraph]:
-    """Embed each chunk again, with a graph.
+def _chunks_with_graph(
+    ctx: Any, vector_gradients: Tensor, penalty_gradient: Tensor
+) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+    """Embed each chunk again, with a graph. Yield its outputs that require a gradient, and these gradients.
 
     The last chunk comes first, as it would in the backward pass of one graph. So sums of gradients agree bit for bit.
     """
@@ -174,7 +169,7 @@ def _chunks_with_graph(ctx: Any, vector_gradients: Tensor, penalty_gradient: Ten
             embedded = embed_chunk(ctx.encoder, ctx.batch, index)
         pairs = zip(embedded, (gradients, penalty_gradient), strict=True)
         outputs, gradients = zip(*(pair for pair in pairs if pair[0].requires_grad), strict=True)
-        yield _ChunkWithGraph(outputs, gradients)  # the penalty of most encoders has no graph
+        yield outputs, gradients  # the penalty of most encoders has no graph
 
 
 class LossTerms(NamedTuple):

@@ -54,13 +54,14 @@ class Evaluation(L.Callback):
         self.evaluated_at: int | None = None  # all evaluations up to this step are done
 
     def state_dict(self) -> dict[str, Any]:
-        state = {
+        return {
             "best": self.best,
             "best_step": self.best_step,
             "measure": self._criterion(),
             "not_written": list(self.not_written),
+            "evaluated_at": self.evaluated_at,
+            "num_without_best": self.num_without_best,
         }
-        return state | {"evaluated_at": self.evaluated_at, "num_without_best": self.num_without_best}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.evaluated_at = state.get("evaluated_at")

@@ -8,7 +8,6 @@ import math
 import platform
 import time
 from collections import Counter, defaultdict
-from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -160,18 +159,8 @@ class TrainingBar(RichProgressBar):
         return {name: text for log in logs for name, text in log.latest.items()}
 
 
-@dataclass
-class RankLoad:
-    """Size of the first batch of a rank, and its memory after that batch."""
-
-    name: str
-    num_queries: int
-    num_documents: int
-    memory: str
-
-
 class RankReport(L.Callback):
-    """Logs the load of each rank after the first batch.
+    """Logs the size of each rank's first batch, and its memory after that batch.
 
     Raises UserError at the start of training if ranks have different precisions, as they may on different hardware.
     """
@@ -191,10 +180,9 @@ class RankReport(L.Callback):
         if self.printed:
             return
         self.printed = True
-        name = f"rank {rank()} ({module.device} on {platform.node()})"
-        own = RankLoad(name, len(batch.queries), len(batch.documents), memory(module.device))
-        for load in gather_objects(own):
-            log.info("%s: %d queries, %d documents, %s", load.name, load.num_queries, load.num_documents, load.memory)
+        load = f"{len(batch.queries)} queries, {len(batch.documents)} documents, {memory(module.device)}"
+        for line in gather_objects(f"rank {rank()} ({module.device} on {platform.node()}): {load}"):
+            log.info("%s", line)
 
 
 def memory(device: torch.device) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -216,7 +215,7 @@ def _search_with_torch(
 ) -> tuple[np.ndarray, np.ndarray]:
     documents = torch.from_numpy(block).to(device)
     step = max(1, min(1024, memory // (8 * len(block))))
-    with _full_precision(device):
+    with matrix_products_in("fp32"), torch.autocast(device.type, enabled=False):
         results = [
             (chunk.to(device) @ documents.T).topk(k, sorted=False) for chunk in torch.from_numpy(queries).split(step)
         ]
@@ -224,13 +223,6 @@ def _search_with_torch(
         torch.cat([result.indices.cpu() for result in results]).numpy(),
         torch.cat([result.values.cpu() for result in results]).numpy(),
     )
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in full float32, even inside autocast or with TF32 enabled."""
-    with matrix_products_in("fp32"), torch.autocast(device.type, enabled=False):
-        yield
 
 
 def _search_in_float64(
