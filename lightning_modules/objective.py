@@ -18,9 +18,10 @@ Shapes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,14 @@ from lightning_modules.parts import check_task_names
 Mask = Callable[[slice], Tensor]
 
 
+class Supervision(NamedTuple):
+    """The vectors that frozen models give a batch's texts; None for a model that the batch does not need."""
+
+    guide: FrozenVectors | None
+    teacher: FrozenVectors | None
+    vector_teacher: FrozenVectors | None
+
+
 class Objective(nn.Module):
     """The loss of a batch, as a function of its vectors.
 
@@ -77,25 +86,28 @@ class Objective(nn.Module):
         self.projection: nn.Parameter | None = None
         if self.vector_teacher is not None and self.vector_teacher.dimension != dimension:
             self.projection = _projection(dimension, self.vector_teacher.dimension, options.vector_teacher.asymmetric)
-        self.temperature = Temperature(options.temperature, options.learn_temperature, tasks, options.temperature_range)
+        self.temperature = Temperature(options, tasks)
 
-    def forward(self, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, Tensor]:
+    def forward(
+        self, vectors: Tensor, batch: ContrastiveBatch, supervision: Supervision | None = None
+    ) -> dict[str, Tensor]:
         """Return the loss of a batch and the values to log with it. Draws no random numbers.
 
         vectors: vectors of the distinct texts of the batch, (U, D).
+        supervision: supervise(batch), computed here by default.
         """
         options, temperature = self.options, self.temperature(batch.task)
         weights = options.matryoshka_weights or [1.0] * len(options.matryoshka)
-        targets = self.targets(batch)
-        directions = self.directions(vectors, batch, targets)
+        supervision = supervision or self.supervise(batch)
+        directions = self.directions(vectors, batch, supervision)
         with torch.autocast(vectors.device.type, enabled=False):
             terms = self._terms(directions, temperature)
             loss = terms.loss
             for prefix, weight in zip(options.matryoshka, weights, strict=True):
                 loss = loss + weight * self._terms(directions, temperature, prefix).loss
             if distance_weight := options.vector_teacher.weight_of(batch.task):
-                assert targets is not None
-                distance = self._vector_distance(vectors, targets, batch)
+                assert supervision.vector_teacher is not None
+                distance = self._vector_distance(vectors, supervision.vector_teacher, batch)
                 loss = loss + distance_weight * distance
             elif self.projection is not None:  # DDP needs a gradient for each parameter
                 loss = loss + 0.0 * self.projection.sum()
@@ -108,28 +120,30 @@ class Objective(nn.Module):
             outputs["temperature"] = temperature.detach()
         return outputs
 
-    def directions(self, vectors: Tensor, batch: ContrastiveBatch, targets: FrozenVectors | None) -> list[Direction]:
+    def directions(self, vectors: Tensor, batch: ContrastiveBatch, supervision: Supervision) -> list[Direction]:
         """Return the directions in which a batch is compared. The first is query to document.
 
-        vectors: vectors of the distinct texts of the batch, (U, D). targets: the vector teacher's, see targets().
+        vectors: vectors of the distinct texts of the batch, (U, D).
         """
-        guide = None if self.guide is None else self.guide.embed(batch)
-        teacher = None if self.teacher is None else self.teacher.embed(batch)
+        guide, teacher, vector_teacher = supervision
         queries, documents = vectors[batch.queries], vectors[batch.documents]
-        if targets is not None and self.options.vector_teacher.asymmetric:
-            documents = targets.documents.to(queries.dtype)
+        if vector_teacher is not None and self.options.vector_teacher.asymmetric:
+            documents = vector_teacher.documents.to(queries.dtype)
         directions = [query_to_document(queries, documents, batch, self.options, guide, teacher)]
         if self.options.symmetric:
             directions.append(document_to_query(queries, documents, batch, self.options, guide))
         return directions
 
-    def targets(self, batch: ContrastiveBatch) -> FrozenVectors | None:
-        """Return the vector teacher's vectors, stored or computed now; None for a task that does not need them."""
+    def supervise(self, batch: ContrastiveBatch) -> Supervision:
+        """Encode a batch with the frozen models. Vectors of the vector teacher may be stored in the batch."""
+        guide = None if self.guide is None else self.guide.embed(batch)
+        teacher = None if self.teacher is None else self.teacher.embed(batch)
         if self.vector_teacher is None or not self.options.vector_teacher.is_used_for(batch.task):
-            return None
+            return Supervision(guide, teacher, None)
         if batch.teacher_vectors is None:
-            return self.vector_teacher.embed(batch)
-        return FrozenVectors(batch.teacher_vectors[batch.queries], batch.teacher_vectors[batch.documents])
+            return Supervision(guide, teacher, self.vector_teacher.embed(batch))
+        stored = FrozenVectors(batch.teacher_vectors[batch.queries], batch.teacher_vectors[batch.documents])
+        return Supervision(guide, teacher, stored)
 
     def _vector_distance(self, vectors: Tensor, targets: FrozenVectors, batch: ContrastiveBatch) -> Tensor:
         """Return the mean distance of queries and their documents, or of queries alone, from the teacher's vectors.
@@ -345,31 +359,21 @@ class Temperature(nn.Module):
 
     A learned temperature is stored as its logarithm, so that optimizer steps are relative (CLIP, arXiv 2103.00020).
 
-    initial: initial value, or one per task.
-    learn: "no", "one" for all tasks, or "per_task".
-    bounds: lowest and highest value.
+    tasks: names of the tasks in training.
     """
 
-    def __init__(
-        self,
-        initial: float | Mapping[str, float],
-        learn: str = "no",
-        tasks: Sequence[str] = (),
-        bounds: Sequence[float] = (0.01, 100.0),
-    ):
+    def __init__(self, options: ObjectiveOptions, tasks: Sequence[str]):
         super().__init__()
-        self.initial, self.bounds = initial, tuple(bounds)
-        names = {"no": (), "one": ("all",), "per_task": tasks}[learn]
+        self.options = options
+        names = {"no": (), "one": ("all",), "per_task": tasks}[options.learn_temperature]
         check_task_names("learn_temperature", names)
-        self.log = nn.ParameterDict({name: nn.Parameter(torch.tensor(math.log(self._initial(name)))) for name in names})
-
-    def _initial(self, task: str) -> float:
-        return self.initial[task] if isinstance(self.initial, Mapping) else self.initial
+        initial = {name: torch.tensor(math.log(options.temperature_of(name))) for name in names}
+        self.log = nn.ParameterDict({name: nn.Parameter(value) for name, value in initial.items()})
 
     def forward(self, task: str) -> float | Tensor:
         """Return the temperature of a task: a number, or a scalar tensor with a gradient if it is learned."""
         if not self.log:
-            return self._initial(task)
+            return self.options.temperature_of(task)
         return self.log[task if task in self.log else "all"].exp()
 
     @torch.no_grad()
@@ -378,6 +382,6 @@ class Temperature(nn.Module):
 
         Clamping in forward instead would leave a temperature at a bound without a gradient.
         """
-        lowest, highest = map(math.log, self.bounds)
+        lowest, highest = map(math.log, self.options.temperature_range)
         for parameter in self.log.values():
             parameter.clamp_(lowest, highest)

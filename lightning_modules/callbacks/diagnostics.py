@@ -34,6 +34,7 @@ from lightning_modules.encoders.loading import without_lora
 from lightning_modules.loggers import log_picture
 from lightning_modules.loss_weights import loss_scaler
 from lightning_modules.losses import comparable
+from lightning_modules.objective import Supervision
 from lightning_modules.pictures import write_expert_picture
 from lightning_modules.retrieval.compute import evaluating
 from lightning_modules.task_balance import TaskGradients
@@ -152,21 +153,26 @@ class Diagnostics(L.Callback):
         with evaluating(module), trainer.precision_plugin.train_step_context():
             for task in sorted(self.batches):
                 batch = self.batches[task]
+                supervision = module.objective.supervise(batch)
                 for other in sorted(self.batches):
                     if other == task or encoder.served_by(other) == encoder.served_by(task):
                         continue
                     transplanted = embed(encoder, dataclasses.replace(batch, task=other)).vectors
-                    values[f"{task}/transplant/{other}"] = float(module.objective(transplanted, batch)["loss"])
+                    loss = module.objective(transplanted, batch, supervision)["loss"]
+                    values[f"{task}/transplant/{other}"] = float(loss)
                 vectors = embed(encoder, batch).vectors
-                values[f"{task}/transplant/{task}"] = float(module.objective(vectors, batch)["loss"])
-                values |= {f"{task}/{name}": value for name, value in negative_figures(module, vectors, batch).items()}
+                values[f"{task}/transplant/{task}"] = float(module.objective(vectors, batch, supervision)["loss"])
+                figures = negative_figures(module, vectors, batch, supervision)
+                values |= {f"{task}/{name}": value for name, value in figures.items()}
         return values
 
 
-def negative_figures(module: ContrastiveModule, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, float]:
+def negative_figures(
+    module: ContrastiveModule, vectors: Tensor, batch: ContrastiveBatch, supervision: Supervision
+) -> dict[str, float]:
     """Return figures on the vectors (U, D) of a batch, and on its negatives among the documents of all ranks."""
     objective, temperature = module.objective, module.objective.temperature(batch.task)
-    direction, *_ = objective.directions(vectors, batch, objective.targets(batch))
+    direction, *_ = objective.directions(vectors, batch, supervision)
     with torch.autocast(module.device.type, enabled=False):
         masked, positives = masked_and_positive(direction)  # (B, M)
         queries = comparable(direction.queries, objective.options.similarity)

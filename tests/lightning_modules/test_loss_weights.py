@@ -14,6 +14,7 @@ from lightning_modules.callbacks.training_log import TrainingLog
 from lightning_modules.loggers import JsonlLogger
 from lightning_modules.loss_weights import DynamicWeights, UncertaintyWeights, dwa_weights
 from lightning_modules.objective import Temperature
+from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.task_balance import GradNorm, GramianBalance, PCGrad
 from tests.conftest import TASKS
 from tests.lightning_modules.quiet_trainer import SaveOnce, quiet_trainer
@@ -51,8 +52,8 @@ def test_task_that_cannot_name_a_parameter_raises_user_error(task):
     with pytest.raises(UserError, match=f"balance=uncertainty: task '{task}' cannot have a parameter of its own"):
         UncertaintyWeights(["search", task])
     with pytest.raises(UserError, match=f"learn_temperature: task '{task}' cannot have a parameter of its own"):
-        Temperature(1.0, "per_task", [task])
-    assert Temperature(1.0, "one", [task])(task) == 1.0
+        Temperature(ObjectiveOptions(learn_temperature="per_task"), [task])
+    assert Temperature(ObjectiveOptions(learn_temperature="one"), [task])(task) == 1.0
 
 
 def test_uncertainty_is_trained_with_the_encoder_at_its_own_rate(make_encoder, three_tasks, tmp_path):

@@ -297,13 +297,14 @@ def test_learned_temperature_has_a_gradient_and_stays_in_its_range():
 
 
 def test_temperature_per_task():
-    fixed = Temperature({"search": 0.05, "links": 2.0})
+    tasks, initial = ["search", "links"], {"search": 0.05, "links": 2.0}
+    fixed = Temperature(ObjectiveOptions(temperature=initial), tasks)
     assert (fixed("search"), fixed("links"), list(fixed.parameters())) == (0.05, 2.0, [])
-    learned = Temperature({"search": 0.05, "links": 2.0}, "per_task", ["search", "links"])
+    learned = Temperature(ObjectiveOptions(temperature=initial, learn_temperature="per_task"), tasks)
     assert learned("links").item() == pytest.approx(2.0)
     learned("search").backward()
     assert learned.log["links"].grad is None  # so an optimizer does not change it
-    same = Temperature(0.3, "per_task", ["search", "links"])
+    same = Temperature(ObjectiveOptions(temperature=0.3, learn_temperature="per_task"), tasks)
     assert {round(p.exp().item(), 6) for p in same.parameters()} == {0.3}
 
 

@@ -1,8 +1,10 @@
 """Diagnostics equal a few lines of numpy, and do not affect training."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import lightning as L
@@ -174,7 +176,7 @@ def test_negatives_are_those_of_the_loss_with_a_guide_and_an_asymmetric_student(
         vector_teacher_model=teacher,
     )
     vectors = module.embed(batch).vectors.detach()
-    figures = negative_figures(module, vectors, batch)
+    figures = negative_figures(module, vectors, batch, module.objective.supervise(batch))
     queries = torch.nn.functional.normalize(vectors[batch.queries], dim=1)
     logits, guided = queries @ teacher.embed(batch).documents.T / 0.05, guide.embed(batch)
     scores, ids = guided.queries @ guided.documents.T, batch.document_ids.tolist()
@@ -185,6 +187,21 @@ def test_negatives_are_those_of_the_loss_with_a_guide_and_an_asymmetric_student(
     assert figures["masked_share"] == pytest.approx(masked_share(positives, masked))
     assert figures["effective_negatives"] == pytest.approx(effective_negatives(logits, masked | positives), rel=1e-5)
     assert (masked & ~positives).sum() > sum(len(set(k.tolist()) & set(ids)) - 1 for k in batch.known_positives)
+
+
+def test_a_guide_encodes_each_measured_batch_once(make_encoder, make_task, monkeypatch):
+    """It encoded the texts again for each transplant, and again for the figures on negatives."""
+    batch = make_task(SearchDataModule, carry_texts=True, batch_size=6).train_dataloader().batches[0]
+    guide = FrozenEncoder(make_encoder("shared", seed=5))
+    module = ContrastiveModule(make_encoder(), guide=GuideOptions("guide"), guide_model=guide)
+    diagnostics, encoded = Diagnostics(1), []
+    diagnostics.batches = {task: dataclasses.replace(batch, task=task) for task in TASKS}
+    embed = FrozenEncoder.embed
+    monkeypatch.setattr(FrozenEncoder, "embed", lambda self, batch: encoded.append(batch.task) or embed(self, batch))
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(train_step_context=contextlib.nullcontext))
+    values = diagnostics._vectors(trainer, module, module.encoder)
+    assert sum("/transplant/" in name for name in values) == 9
+    assert encoded == sorted(TASKS)
 
 
 def texts_of(content):
