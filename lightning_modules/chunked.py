@@ -9,11 +9,7 @@ learned temperatures, gradient accumulation, clipping and DDP (which sees each g
 Blocks of scores. The score matrix is computed a few rows at a time. The gradients of a block are computed while its
 scores are in memory, so nothing is computed twice (as in Liger's fused losses, arXiv 2410.10989).
 
-Shapes
-    U   texts of a batch, u of a chunk
-    D   dimensions of a vector
-    R   queries, r of a block
-    C   candidates that each query is compared with
+Shapes: U texts of a batch, u of a chunk, D dimensions of a vector, R queries, r of a block, C candidates of each query.
 """
 
 from __future__ import annotations

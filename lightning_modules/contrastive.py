@@ -22,7 +22,7 @@ from datamodules.records import UserError, prefixed
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.chunked import Batch, Embedded, embed, embed_cached
 from lightning_modules.encoders.base import Encoder
-from lightning_modules.encoders.loading import describe
+from lightning_modules.encoders.loading import describe, weight_problems
 from lightning_modules.frozen import FrozenEncoder
 from lightning_modules.loss_weights import UncertaintyWeights, loss_scaler
 from lightning_modules.losses import comparable
@@ -241,18 +241,8 @@ class ContrastiveModule(L.LightningModule):
         """Raise CheckpointMismatch if the weights of a checkpoint do not fit this module."""
         if self.encoder.sharded:  # its strategy checks the weights
             return
-        then, now = checkpoint["state_dict"], self.state_dict()
-        shapes = {name: tuple(tensor.shape) for name, tensor in now.items()}
-        differences = [
-            f"{name}: {tuple(then[name].shape) if name in then else 'missing'} there, {shapes.get(name, 'none')} here"
-            for name in dict.fromkeys((*shapes, *then))
-            if name not in then or tuple(then[name].shape) != shapes.get(name)
-        ]
-        if differences:
-            raise CheckpointMismatch(
-                f"the checkpoint does not fit the encoder: {len(differences)} weights differ "
-                f"({'; '.join(differences[:3])}{'; ...' if differences[3:] else ''})"
-            )
+        if problems := weight_problems(checkpoint["state_dict"], self.state_dict()):
+            raise CheckpointMismatch(f"the checkpoint does not fit the encoder: {problems}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the description from which load_encoder rebuilds the encoder."""

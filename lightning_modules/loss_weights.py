@@ -3,8 +3,7 @@
     uncertainty   a learned weight for the loss of each task (Kendall et al., arXiv 1705.07115, section 3.2)
     dwa           dynamic weight average: larger weights where losses fall slowly (Liu et al., arXiv 1803.10704)
 
-Shapes
-    T   tasks
+Shapes: T tasks.
 """
 
 from __future__ import annotations

@@ -9,9 +9,7 @@
 Each uses a linear combination of all tasks' gradients at each optimizer step. Its coefficients depend only on the dot
 products of the gradients. The last two come from the package torchjd.
 
-Shapes
-    T   tasks
-    P   trained parameters (scalars)
+Shapes: T tasks, P trained parameters (scalars).
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """Interface of the losses that are added to InfoNCE.
 
-Shapes
-    U   distinct texts of a batch on this rank
-    B   queries on this rank
-    n   texts of a companion
-    D   dimensions of a vector
+Shapes: U distinct texts of a batch on this rank, B queries on this rank, n texts of a companion, D dimensions of a
+vector.
 """
 
 from __future__ import annotations

@@ -18,11 +18,7 @@ network that maps everything to one point.
 Learning from bad predictions makes them worse, because any permutation of the labels is consistent with itself. So only
 the network learns in the first part of the training, `warmup`.
 
-Shapes
-    B   queries on this rank
-    n   candidates
-    D   dimensions of a vector
-    H   hidden units of the network
+Shapes: B queries on this rank, n candidates, D dimensions of a vector, H hidden units of the network.
 """
 
 from __future__ import annotations

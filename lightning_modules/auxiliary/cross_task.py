@@ -11,10 +11,7 @@ the teacher's probabilities:
 InfoNCE determines similarities only up to a constant, so the student's log-odds s are calibrated in the same way, with
 P and Q of their own. L has gradients with respect to the student's vectors alone.
 
-Shapes
-    T   tasks in training
-    B   queries on this rank
-    M   documents on all ranks
+Shapes: T tasks in training, B queries on this rank, M documents on all ranks.
 """
 
 from __future__ import annotations

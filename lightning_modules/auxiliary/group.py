@@ -16,11 +16,7 @@ k for the group, then papers by the probability of a walk at that step. Here,
 * a negative is neither linked with the head nor one of its positives
 * the probabilities at step k are those of a sample of walks; theirs are exact for papers with up to 256 links
 
-Shapes
-    B   queries on this rank
-    p   positives of a head
-    n   negatives of a head
-    D   dimensions of a vector
+Shapes: B queries on this rank, p positives and n negatives of a head, D dimensions of a vector.
 """
 
 from __future__ import annotations

@@ -1,9 +1,6 @@
 """The pairs of a query and a document that a batch contains: their scores, and what is known about them.
 
-Shapes
-    B   queries on this rank
-    m   documents on this rank, M on all ranks
-    D   dimensions of a vector
+Shapes: B queries on this rank, m documents on this rank, M on all ranks, D dimensions of a vector.
 """
 
 from __future__ import annotations

@@ -12,11 +12,8 @@ temperature:
 
 A pair with an unknown label is in no comparison.
 
-Shapes
-    B   queries on this rank
-    M   documents on all ranks
-    n   rows of the document table of task A
-    K   documents that are related to a row
+Shapes: B queries on this rank, M documents on all ranks, n rows of the document table of task A, K documents that are
+related to a row.
 """
 
 from __future__ import annotations

@@ -1,11 +1,6 @@
 """Measure how tasks and experts interact during training, on the last batch of each task.
 
-Shapes
-    B   queries
-    M   documents
-    U   texts
-    D   dimensions of a vector
-    T   tasks
+Shapes: B queries, M documents, U texts, D dimensions of a vector, T tasks.
 """
 
 from __future__ import annotations

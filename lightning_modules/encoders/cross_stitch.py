@@ -20,7 +20,6 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from datamodules.packed import Tokens
 from lightning_modules.encoders.base import Condition, Encoder
@@ -36,19 +35,7 @@ class CrossStitchEncoder(MoEEncoder):
     So a step on one task does not move the rows of others.
     """
 
-    def __init__(
-        self,
-        backbone: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        tasks: Mapping[str, str],
-        attention: bool = True,
-        ffn: bool = False,
-        layers: str | list[int] = "mod2",
-        pooling: str = "cls",
-        normalize: bool = False,
-        max_length: int = 256,
-    ):
-        super().__init__(backbone, tokenizer, tasks, attention, ffn, layers, pooling, normalize, max_length)
+    def _add_parameters(self) -> None:
         rows = self.neutral_weights()
         self.stitches = nn.ModuleDict()
         for index in self.expert_layers:

@@ -283,17 +283,8 @@ def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -
             kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             expected = "whole" if is_whole else "floating-point"
             raise UserError(f"{source}: {name} must contain {expected} numbers, got {kind}")
-    problems = {
-        "missing": [name for name in parameters if name not in weights],
-        "unexpected": [name for name in weights if name not in parameters],
-        "of another shape": [
-            f"{name}: expected {tuple(tensor.shape)}, got {tuple(weights[name].shape)}"
-            for name, tensor in parameters.items()
-            if name in weights and weights[name].shape != tensor.shape
-        ],
-    }
-    if shown := [f"{len(v)} {k} ({'; '.join(v[:3])}{', ...' if v[3:] else ''})" for k, v in problems.items() if v]:
-        raise UserError(f"{source}: the weights do not fit this {type(encoder).__name__}: {', '.join(shown)}")
+    if problems := weight_problems(weights, parameters):
+        raise UserError(f"{source}: the weights do not fit this {type(encoder).__name__}: {problems}")
     for name, tensor in parameters.items():
         if tensor.is_meta:
             copied = weights[name].to(tensor.dtype, copy=True)
@@ -302,6 +293,21 @@ def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -
         else:
             with torch.no_grad():
                 tensor.copy_(weights[name])
+
+
+def weight_problems(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Describe the weights that are missing, unexpected or of another shape; "" if there are none."""
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "unexpected": [name for name in weights if name not in expected],
+        "of another shape": [
+            f"{name}: expected {tuple(tensor.shape)}, got {tuple(weights[name].shape)}"
+            for name, tensor in expected.items()
+            if name in weights and weights[name].shape != tensor.shape
+        ],
+    }
+    shown = [f"{len(v)} {k} ({'; '.join(v[:3])}{', ...' if v[3:] else ''})" for k, v in problems.items() if v]
+    return ", ".join(shown)
 
 
 def with_weights(encoder: Encoder, weights: Mapping[str, Tensor]) -> Encoder:

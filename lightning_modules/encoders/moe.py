@@ -84,6 +84,10 @@ class MoEEncoder(Encoder):
         self.experts = tuple(dict.fromkeys(self.tasks.values()))
         check_expert_names(self.experts)
         self.expert_layers = add_experts(self, layers, self.experts, attention, ffn)
+        self._add_parameters()
+
+    def _add_parameters(self) -> None:
+        """Add the further parameters of a variant with the same arguments."""
 
     @property
     def num_shared_layers(self) -> int:
