@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -23,24 +23,16 @@ class Bm25Index:
         if self.index is not None:
             self.index.index(words, show_progress=False)
 
-    def top_k(
-        self, queries: Iterable[Document], k: int, first: np.ndarray | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def top_k(self, queries: Sequence[Document], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the k best documents of each query, best first: rows (Q, k) int64 and scores (Q, k).
 
         Documents that share no word with the query are not retrieved; row -1 takes their place.
         k: number of documents per query, at most M.
-        first: rows (Q, b) to put before the others, with their scores.
         """
-        queries = list(queries)
-        if self.index is None or not queries:
-            rows, scores = np.full((len(queries), k), -1), np.zeros((len(queries), k))
-        else:
-            rows, scores = self.index.retrieve(_tokenize(queries), k=k, show_progress=False, n_threads=1)
-            rows = np.where(scores > 0, rows.astype(np.int64), -1)
-        if first is None:
-            return rows, scores
-        return np.concatenate([first, rows], axis=1), np.concatenate([self.scores(queries, first), scores], axis=1)
+        if self.index is None or not len(queries):
+            return np.full((len(queries), k), -1), np.zeros((len(queries), k))
+        rows, scores = self.index.retrieve(_tokenize(queries), k=k, show_progress=False, n_threads=1)
+        return np.where(scores > 0, rows.astype(np.int64), -1), scores
 
     def scores(self, queries: Iterable[Document], rows: np.ndarray) -> np.ndarray:
         """Return the scores (Q, w) of each query with the documents in its rows (Q, w); 0 for row -1."""

@@ -41,19 +41,15 @@ def rank_vectors(
     """
     similarity = check_choice("similarity", benchmark.similarity or similarity, SIMILARITIES)
     prepared, documents = _prepare_queries(queries, similarity), _prepare_documents(documents, similarity)
-    positions = positions_of(list(benchmark.corpus))
-    order = id_order(list(positions))
-    if benchmark.candidates is None:
-        depth = k + benchmark.exclude_query
-        indices, scores = top_k(prepared, documents, depth, order=order, device=device, advance=advance)
-    else:
-        indices = _padded_positions([benchmark.candidates[query] for query in query_ids], positions)
-        scores = pair_scores(prepared, documents, indices)
-    first = _first_positions(benchmark, query_ids, positions)
-    if first is not None:
-        first_scores = pair_scores(prepared, documents, first)
-        indices, scores = np.concatenate([first, indices], axis=1), np.concatenate([first_scores, scores], axis=1)
-    return _to_run(benchmark, query_ids, positions, indices, _scores(scores, queries, similarity), k, first, order)
+
+    def search(depth: int, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows, products = top_k(prepared, documents, depth, order=order, device=device, advance=advance)
+        return rows, _scores(products, queries, similarity)
+
+    def score(rows: np.ndarray) -> np.ndarray:
+        return _scores(pair_scores(prepared, documents, rows), queries, similarity)
+
+    return _rank(benchmark, query_ids, k, search, score)
 
 
 def rank_bm25(benchmark: Benchmark, k: int) -> Run:
@@ -61,17 +57,47 @@ def rank_bm25(benchmark: Benchmark, k: int) -> Run:
 
     Word statistics are those of the whole corpus, even if queries have their own candidates.
     """
-    positions = positions_of(list(benchmark.corpus))
     query_ids = list(benchmark.queries)[rank() :: world_size()]
-    index, first = Bm25Index(benchmark.corpus.values()), None
-    queries = (benchmark.queries[query] for query in query_ids)
-    if benchmark.candidates is not None:
-        indices = _padded_positions([benchmark.candidates[query] for query in query_ids], positions)
-        scores = index.scores(queries, indices)
+    queries = [benchmark.queries[query] for query in query_ids]
+    index = Bm25Index(benchmark.corpus.values())
+    return _rank(
+        benchmark,
+        query_ids,
+        k,
+        lambda depth, _: index.top_k(queries, min(depth, len(benchmark.corpus))),
+        lambda rows: index.scores(queries, rows),
+    )
+
+
+def _rank(
+    benchmark: Benchmark,
+    query_ids: Sequence[str],
+    k: int,
+    search: Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]],
+    score: Callable[[np.ndarray], np.ndarray],
+) -> Run:
+    """Return a run of k documents per query, as the benchmark demands.
+
+    search: returns rows and scores, (Q, k) each, of the best documents of the corpus, from k and the id_order.
+    score: returns the scores of documents, (Q, w), from their rows (Q, w), which are padded with -1.
+    """
+    positions = positions_of(list(benchmark.corpus))
+    order = id_order(list(positions))
+    if benchmark.candidates is None:
+        indices, scores = search(k + benchmark.exclude_query, order)
     else:
-        first = _first_positions(benchmark, query_ids, positions)
-        indices, scores = index.top_k(queries, min(k + benchmark.exclude_query, len(positions)), first=first)
-    return _to_run(benchmark, query_ids, positions, indices, scores, k, first)
+        indices = _padded_positions([benchmark.candidates[query] for query in query_ids], positions)
+        scores = score(indices)
+    if benchmark.first is not None:
+        first = _padded_positions([benchmark.first.get(query, ()) for query in query_ids], positions)
+        indices, scores = np.concatenate([first, indices], axis=1), np.concatenate([score(first), scores], axis=1)
+    if benchmark.exclude_query:
+        own = np.array([positions.get(query, -2) for query in query_ids])[:, None]
+        indices = np.where(indices == own, -1, indices)
+    run = sorted_run(query_ids, list(positions), indices, scores.astype(np.float32), order)
+    if benchmark.first is not None:
+        run = _move_to_front(run, first)
+    return Run(run.queries, run.documents, run.indices[:, :k], run.scores[:, :k])
 
 
 def _prepare_queries(vectors: np.ndarray, similarity: str) -> np.ndarray:
@@ -109,13 +135,6 @@ def _with_half_square(vectors: np.ndarray) -> np.ndarray:
     return np.concatenate([vectors, coarse[:, None], rest[:, None]], axis=1)
 
 
-def _first_positions(benchmark: Benchmark, query_ids: Sequence[str], positions: Mapping[str, int]) -> np.ndarray | None:
-    """Return the documents that come first in each ranking, (Q, f), padded with -1; None if there are none."""
-    if benchmark.first is None:
-        return None
-    return _padded_positions([benchmark.first.get(query, ()) for query in query_ids], positions)
-
-
 def _padded_positions(id_lists: Sequence[Sequence[str]], positions: Mapping[str, int]) -> np.ndarray:
     """Return lists of ids as rows of positions, (Q, longest), padded with -1."""
     rows = np.full((len(id_lists), max(map(len, id_lists), default=0)), -1, dtype=np.int64)
@@ -124,32 +143,11 @@ def _padded_positions(id_lists: Sequence[Sequence[str]], positions: Mapping[str,
     return rows
 
 
-def _to_run(
-    benchmark: Benchmark,
-    query_ids: Sequence[str],
-    positions: Mapping[str, int],
-    indices: np.ndarray,
-    scores: np.ndarray,
-    k: int,
-    first: np.ndarray | None,
-    order: np.ndarray | None = None,
-) -> Run:
-    """Turn retrieved documents into a run of k documents per query, without the query's own document if it is excluded.
-
-    first: documents to move to the front, (Q, f). Such a ranking does not follow a similarity, so its scores count down
-    to 1 at the last rank.
-    """
-    if benchmark.exclude_query:
-        own = np.array([positions.get(query, -2) for query in query_ids])[:, None]
-        indices = np.where(indices == own, -1, indices)
-    run = sorted_run(query_ids, list(positions), indices, scores.astype(np.float32), order)
-    if first is not None:
-        run = _move_to_front(run, first)
-    return Run(run.queries, run.documents, run.indices[:, :k], run.scores[:, :k])
-
-
 def _move_to_front(run: Run, first: np.ndarray) -> Run:
-    """Keep each document of a row once, and move those in first (Q, f) to the front; both parts keep their order."""
+    """Keep each document of a row once, and move those in first (Q, f) to the front; both parts keep their order.
+
+    Such a ranking does not follow a similarity, so its scores count down to 1 at the last rank.
+    """
     indices = np.full_like(run.indices, -1)
     for row, (ranked, front) in enumerate(zip(run.indices, first, strict=True)):
         _, once = np.unique(ranked, return_index=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from datamodules.records import Benchmark, Document, UserError
-from lightning_modules.retrieval.ranking import rank_vectors
+from lightning_modules.retrieval.ranking import rank_bm25, rank_vectors
 from lightning_modules.retrieval.search import Shards
 
 NUM, QUERIES, DIMENSION = 60, 20, 8
@@ -93,3 +93,16 @@ def test_named_labels_come_first_as_in_the_authors_program(world, k):
         moved = [n for n in ranked if n in named[query]] + [n for n in ranked if n not in named[query]]
         assert [names[i] for i in run.indices[q]] == moved[:k]
         assert (np.diff(run.scores[q]) < 0).all()
+
+
+def test_bm25_puts_named_labels_first_also_among_own_candidates():
+    """They kept their places if queries had candidates, unlike in a ranking by vectors."""
+    corpus = {f"d{i}": Document(f"d{i}", "", "word " * (i + 1) + "filler " * (4 - i)) for i in range(5)}
+    queries = {"q": Document("q", "", "word")}
+    first, candidates = {"q": ["d1"]}, {"q": ["d0", "d1", "d2", "d4"]}
+    rankings = {}
+    for name, own in (("all", None), ("own", candidates)):
+        benchmark = Benchmark("toy", "t", "test", corpus, queries, {"q": {"d1": 1}}, candidates=own, first=first)
+        run = rank_bm25(benchmark, 3)
+        rankings[name] = [run.documents[i] for i in run.indices[0]]
+    assert rankings == {"all": ["d1", "d4", "d3"], "own": ["d1", "d4", "d2"]}
