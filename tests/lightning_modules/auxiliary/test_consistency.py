@@ -160,8 +160,8 @@ def test_candidates_are_the_same_on_all_ranks_and_differ_by_step(make_encoder, t
     source = batches(make_encoder, three_tasks)
 
     def candidates(step, rank):
-        source.rank, source.world_size = rank, 2
-        return [companion.rows.tolist() for companion in source[step].companions[1::2]]
+        batch = dataclasses.replace(source, rank=rank, world_size=2)[step]
+        return [companion.rows.tolist() for companion in batch.companions[1::2]]
 
     assert candidates(0, 0) == candidates(0, 1)
     assert candidates(0, 0) != candidates(3, 0)

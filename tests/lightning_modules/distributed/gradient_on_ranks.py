@@ -109,7 +109,7 @@ def batches(tokenizer, tasks, rank, world_size, token_budget):
         data.setup()
         data.teacher_vectors = {task: TeacherVectors(len(data.documents))}
         source = data.train_dataloader().batches
-        source.rank, source.world_size = rank, world_size
+        source = dataclasses.replace(source, rank=rank, world_size=world_size)
         batch = source[step]
         ids = batch.document_ids[batch.positives]  # (B, 2)
         known = torch.cat([ids, ids + 1, ids + 2, ids + 5], 1)  # mostly documents of other ranks

@@ -6,6 +6,7 @@ Gradients are accumulated over a batch of each task, in float64, plain and with 
 batch in one chunk, without GradCache.
 """
 
+import dataclasses
 import sys
 
 import torch
@@ -23,7 +24,7 @@ def batches(module, rank, world_size, token_budget):
     data = world().data(batch_size=QUERIES // world_size, token_budget=token_budget)
     module.prepare_losses(data)
     source = data.train_dataloader().batches
-    source.rank, source.world_size = rank, world_size
+    source = dataclasses.replace(source, rank=rank, world_size=world_size)
     return [source[step] for step in range(len(TASKS))]
 
 
