@@ -10,15 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from datamodules.files import write_json
 from datamodules.leakage import WAYS
 from datamodules.options import option
 from datamodules.records import UserError, explained
 from experiments.build.leaks import EXAMPLES, Leaks, find_leaks
 from experiments.config.experiment import ExperimentOptions, digest, parse_experiment
-from experiments.shared.console import entry_point, table_console
+from experiments.shared.console import entry_point
+from experiments.shared.table_formats import Column, Table, print_table
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +74,11 @@ def _examples(examples: Mapping[str, Sequence[str]], count: int) -> list[str]:
 
 
 def _show(report: Mapping[str, Any]) -> None:
-    table = Table("evaluated", "documents", *WAYS, title="evaluation texts in the training data, by")
+    columns = [Column("evaluated", folds=True), Column("documents", ",d"), *(Column(way, "d") for way in WAYS)]
+    table = Table(columns, "evaluation texts in the training data, by")
     for name, evaluated in report["evaluated"].items():
-        table.add_row(name, f"{evaluated['documents']:,}", *(str(evaluated["overlaps"].get(way, "")) for way in WAYS))
-    table_console().print(table)
+        table.add(name, evaluated["documents"], *(evaluated["overlaps"].get(way) for way in WAYS))
+    print_table(table)
     for name, evaluated in report["evaluated"].items():
         for example in evaluated["examples"]:
             log.info("%s: %s", name, example)

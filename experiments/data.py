@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Column, Table
-
 from datamodules.files import atomic_folder, expanded, read_json, write_json
 from datamodules.locks import lock_file
 from datamodules.options import option
@@ -32,8 +30,9 @@ from experiments.download.recipe import (
     resolve_paths,
 )
 from experiments.download.sources import Sources
-from experiments.shared.console import entry_point, table_console
+from experiments.shared.console import entry_point
 from experiments.shared.progress import Progress
+from experiments.shared.table_formats import Column, Table, print_table
 
 log = logging.getLogger(__name__)
 
@@ -203,15 +202,13 @@ def count(collection: Collection) -> dict[str, int]:
 
 def _report(root: Path, recipe: Recipe, outputs: Sequence[Output]) -> None:
     """Print the counts next to the published ones, and explain the differences."""
-    columns = (Column("folder", no_wrap=True), *(Column(kind, justify="right") for kind in COUNTS))
-    table = Table(*columns, title=f"training data in {root}")
+    table = Table([Column("folder"), *(Column(kind, ",d") for kind in COUNTS)], f"training data in {root}")
     stamps = [(output, output.stamp()) for output in outputs]
     for output, stamp in stamps:
-        table.add_row(output.folder.name, *(f"{stamp['counts'][kind]:,}" for kind in COUNTS))
+        table.add(output.folder.name, *(stamp["counts"][kind] for kind in COUNTS))
         if expected := output.spec.expected:
-            published = (_published(stamp["counts"][kind], expected.get(kind)) for kind in COUNTS)
-            table.add_row("  published", *published)
-    table_console().print(table)
+            table.add("  published", *(_published(stamp["counts"][kind], expected.get(kind)) for kind in COUNTS))
+    print_table(table)
     for output, stamp in stamps:
         if text := _verdict(output.spec, stamp):
             log.info("%s: %s", output.folder.name, text)

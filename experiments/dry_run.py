@@ -14,7 +14,6 @@ from types import SimpleNamespace
 import lightning as L
 import numpy as np
 import torch
-from rich.table import Table
 from torch import nn
 
 from datamodules.batches import MultiTaskDataModule
@@ -28,7 +27,8 @@ from experiments.build.module import build_module, describe_parameters, first_ba
 from experiments.build.trainer import build_balance, precision_of
 from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
 from experiments.config.schema import Config
-from experiments.shared.console import counted, entry_point, table_console
+from experiments.shared.console import counted, entry_point
+from experiments.shared.table_formats import Column, Table, print_table
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.memory import Memory, num_bytes
@@ -330,30 +330,29 @@ def _encoding_seconds(config: Config, module: ContrastiveModule, benchmark: Benc
 
 
 def _show_tasks(config: Config, prediction: Prediction) -> None:
-    columns = ("batches", "ms per batch", "tokens", "tokens/s", "MFU", "queries", "documents of all ranks", "TFLOP")
-    table = Table("task", *columns, title=f"{config.experiment}, {config.scale}: a batch on one rank")
+    forms = {"batches": ",d", "ms per batch": ",.1f", "tokens": ",.0f", "tokens/s": ",.0f", "MFU": ".0%"}
+    forms |= {"queries": ",.0f", "documents of all ranks": ",.0f", "TFLOP": ".3g"}
+    columns = [
+        Column("task", folds=True),
+        *(Column(heading, form, folds=" " in heading) for heading, form in forms.items()),
+    ]
+    table = Table(columns, f"{config.experiment}, {config.scale}: a batch on one rank")
     for name, cost in prediction.tasks.items():
-        table.add_row(
-            name,
-            f"{cost.batches:,}",
-            f"{1e3 * cost.seconds:,.1f}",
-            f"{cost.tokens:,.0f}",
-            f"{cost.tokens / cost.seconds:,.0f}",
-            f"{cost.flops / cost.seconds / prediction.ceiling:.0%}",
-            f"{cost.queries:,.0f}",
-            f"{cost.documents:,.0f}",
-            f"{cost.flops / 1e12:.3g}",
+        mfu = cost.flops / cost.seconds / prediction.ceiling
+        table.add(
+            *(name, cost.batches, 1e3 * cost.seconds, cost.tokens, cost.tokens / cost.seconds, mfu),
+            *(cost.queries, cost.documents, cost.flops / 1e12),
         )
-    table_console().print(table)
+    print_table(table)
 
 
 def _show_memory(prediction: Prediction) -> None:
-    table = Table("memory per rank", "MB", "")
+    table = Table([Column("memory per rank"), Column("MB", ",.0f"), Column("", folds=True)])
     for name, origin in MEMORY.items():
         share = ", one rank's share" if prediction.memory["gathered"] and name in SHARDED else ""
-        table.add_row(name, f"{prediction.memory[name] / 2**20:,.0f}", origin + share)
-    table.add_row("memory", f"{sum(prediction.memory.values()) / 2**20:,.0f}", "total")
-    table_console().print(table)
+        table.add(name, prediction.memory[name] / 2**20, origin + share)
+    table.add("memory", sum(prediction.memory.values()) / 2**20, "total")
+    print_table(table)
 
 
 def _show_times(config: Config, prediction: Prediction) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from datamodules.options import option
 from datamodules.readers.rows import BadLines
@@ -20,7 +19,8 @@ from datamodules.readers.texts import documents_at, read_shards, text_files
 from datamodules.records import Document, UserError
 from experiments.build.models import EncodingOptions
 from experiments.config.arguments import parse
-from experiments.shared.console import entry_point, table_console
+from experiments.shared.console import entry_point
+from experiments.shared.table_formats import Column, Table, print_table
 from lightning_modules.losses import comparable
 from lightning_modules.retrieval.embedding import Matrix, open_matrix, read_ids, read_metadata
 from lightning_modules.retrieval.faiss_index import read_index, search_index
@@ -136,12 +136,12 @@ def _show(query: str, result: SearchResult) -> None:
     if metadata["on_error"] == "fail":  # without skipped lines, row i is line i
         with suppress(UserError):  # the input may have moved, or changed
             titles = documents_at(text_files(Path(metadata["input"])), rows.tolist())
-    table = Table("", "score", "id", "title", title=query, title_justify="left")
+    table = Table([Column("", "d"), Column("score", ".4f"), Column("id"), Column("title", folds=True)], query)
     for number, (row, score) in enumerate(zip(rows.tolist(), scores, strict=False), start=1):
         paper = titles.get(row)
         known = paper is not None and paper.id == result.ids[row]
-        table.add_row(str(number), f"{score:.4f}", result.ids[row], (paper.title or paper.text[:80]) if known else "")
-    table_console().print(table)
+        table.add(number, score, result.ids[row], (paper.title or paper.text[:80]) if known else "")
+    print_table(table)
 
 
 if __name__ == "__main__":

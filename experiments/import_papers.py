@@ -10,8 +10,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rich.table import Column, Table
-
 from datamodules.files import expanded, write_json
 from datamodules.options import option
 from datamodules.papers.columns import COLUMNS, parse_columns
@@ -25,9 +23,10 @@ from datamodules.readers.checks import SPLITS
 from datamodules.readers.rows import BadLines
 from datamodules.records import UserError, prefixed
 from experiments.config.arguments import named_values, parse
-from experiments.shared.console import entry_point, near, table_console
+from experiments.shared.console import entry_point, near
 from experiments.shared.output import whole_folder
 from experiments.shared.progress import Progress
+from experiments.shared.table_formats import Column, Table, print_table
 
 log = logging.getLogger(__name__)
 
@@ -135,21 +134,19 @@ def _write(library: Library, view_name: str, options: ViewOptions, bad: BadLines
 
 def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> None:
     """Print what was created, and what was left out and why. Show the next command."""
-    columns = ("task", "corpus", *(f"{split} queries" for split in SPLITS), "pairs", "left out")
-    right = {"corpus", "pairs", *(f"{split} queries" for split in SPLITS)}
-    table = Table(
-        *(Column(name, justify="right" if name in right else "left", overflow="fold") for name in columns),
-        title=f"{summary['papers']:,} papers of {summary['records']:,} records, in {near(output)}",
-    )
-    table.add_row("(all)", f"{summary['papers']:,} papers", *[""] * 4, _reasons(summary["left_out"]))
+    numbers = [Column(f"{split} queries", ",d", folds=True) for split in SPLITS]
+    columns = [Column("task"), Column("corpus", "", folds=True), *numbers, Column("pairs", ",d", folds=True)]
+    title = f"{summary['papers']:,} papers of {summary['records']:,} records, in {near(output)}"
+    table = Table([*columns, Column("left out", folds=True)], title)
+    table.add("(all)", f"{summary['papers']:,} papers", *[None] * 4, _reasons(summary["left_out"]))
     for kind, count in counts.items():
         if count.problem:
-            table.add_row(kind, *[""] * 5, f"not created: {count.problem}")
+            table.add(kind, *[None] * 5, f"not created: {count.problem}")
             continue
-        queries = (f"{count.queries.get(split, 0):,}" for split in SPLITS)
-        pairs = f"{sum(count.pairs.values()):,}"
-        table.add_row(kind, f"{count.documents:,} {count.kind}", *queries, pairs, _reasons(count.left_out))
-    table_console().print(table)
+        queries = (count.queries.get(split, 0) for split in SPLITS)
+        corpus, pairs = f"{count.documents:,} {count.kind}", sum(count.pairs.values())
+        table.add(kind, corpus, *queries, pairs, _reasons(count.left_out))
+    print_table(table)
     if created := [kind for kind, count in counts.items() if not count.problem]:
         data = [shlex.quote(f"task.{kind}.data={near(output)}") for kind in created]
         filled = {split for kind in created for split, number in counts[kind].queries.items() if number}

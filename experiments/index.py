@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 from datamodules.options import option
 from datamodules.records import UserError, explained
 from experiments.config.arguments import parse
-from experiments.shared.console import entry_point, table_console
+from experiments.shared.console import entry_point
 from experiments.shared.progress import Progress
+from experiments.shared.table_formats import Column, Table, print_table
 from lightning_modules.retrieval.embedding import delete_metadata, open_matrix, write_metadata
 from lightning_modules.retrieval.faiss_index import IndexOptions, build_index, measure_recall, write_index
 
@@ -70,11 +69,11 @@ def _choose_nprobe(recalls: list[dict[str, float]], options: IndexOptions, targe
 def _show(recalls: list[dict[str, float]], nprobe: int, options: IndexOptions, output: Path) -> None:
     columns = [name for name in ("nprobe", "recall", "reranked") if name in recalls[0]]
     shape = "".join(f", {key} {value}" for key, value in vars(options).items() if value and key != "kind")
-    table = Table(*columns, title=f"{options.kind}{shape}")
+    table = Table([Column(name, ".4f") for name in columns], f"{options.kind}{shape}")
     for line in recalls:
         chosen = " *" if len(recalls) > 1 and line["nprobe"] == nprobe else ""
-        table.add_row(f"{line['nprobe'] or '-'}{chosen}", *(f"{line[name]:.4f}" for name in columns[1:]))
-    table_console().print(table)
+        table.add(f"{line['nprobe'] or '-'}{chosen}", *(line[name] for name in columns[1:]))
+    print_table(table)
     log.info("recall: share of the ten nearest papers found; reranked: recall after exact scoring of more candidates")
     log.info("%s: %.1f MB. Next: make find index=%s query='...'", output, output.stat().st_size / 1e6, output)
 

@@ -19,7 +19,7 @@ from experiments.config.schema import Config
 from experiments.results.model_card import RECIPE, write_card
 from experiments.shared.console import entry_point
 from experiments.shared.output import whole_folder
-from experiments.shared.table_formats import Column, Table, print_tables
+from experiments.shared.table_formats import Column, Table, print_table
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.merging import Method, Weights, check_members, greedy_soup, merge, narrowest_parts, sweep
 from lightning_modules.retrieval.compute import describe_device, resolve_device
@@ -224,7 +224,7 @@ def _show(recipe: Mapping[str, Any]) -> None:
     for trial in recipe["tried"]:
         chosen = " *" if trial["weights"] == recipe["chosen"] else ""
         table.add(trial["weights"] + chosen, trial["mean"], *trial["scores"].values())
-    print_tables("table", [table], [])
+    print_table(table)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from rich.table import Table
 
 from datamodules.options import option
 from datamodules.records import Document, UserError
 from experiments.build.models import EncodingOptions, default_similarity, short_name, token_budget_option
 from experiments.config.arguments import named_values, parse
 from experiments.shared.console import entry_point, table_console
+from experiments.shared.table_formats import Column, Table, print_table
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.vector_cache import fingerprint
 
@@ -116,14 +116,11 @@ def _evaluate(model: MtebEncoder, tasks: Sequence[Any], output: Path) -> dict[st
 
 
 def _show(model: MtebEncoder, tasks: Sequence[Any], scores: dict[str, float], title: str) -> None:
-    grid = Table(title=title, title_justify="left")
-    for heading in ("mteb task", "type", "expert", "metric"):
-        grid.add_column(heading, no_wrap=True)
-    grid.add_column("score", justify="right")
-    for task in tasks:
-        data = task.metadata
-        grid.add_row(data.name, data.type, model.task_of(data), data.main_score, f"{scores[data.name]:.4f}")
-    table_console().print(grid)
+    columns = [*map(Column, ("mteb task", "type", "expert", "metric")), Column("score", ".4f")]
+    table = Table(columns, title)
+    for data in (task.metadata for task in tasks):
+        table.add(data.name, data.type, model.task_of(data), data.main_score, scores[data.name])
+    print_table(table)
 
 
 class MtebEncoder:

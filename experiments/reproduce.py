@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 from datamodules.options import option
 from datamodules.records import UserError, check_choice
 from experiments.config.arguments import parse
 from experiments.results.paper import CellComparison, compare_with_paper, tables
 from experiments.results.results import Results, read_results
-from experiments.shared.console import entry_point, table_console
+from experiments.shared.console import entry_point
+from experiments.shared.table_formats import Column, Table, print_table
 
 log = logging.getLogger(__name__)
 
@@ -57,28 +56,20 @@ def _our_system(results: Results, wanted: str | None) -> str:
 
 
 def _show(cells: Sequence[CellComparison], title: str) -> None:
-    grid = Table(title=title, title_justify="left")
-    for heading in ("table", "protocol", "metric"):
-        grid.add_column(heading, no_wrap=True)
-    for heading in ("ours", "paper", "difference"):
-        grid.add_column(heading, justify="right", no_wrap=True)
-    grid.add_column("", overflow="fold")
+    texts, numbers = ("table", "protocol", "metric"), ("ours", "paper", "difference")
+    columns = [*map(Column, texts), *(Column(heading, ".2f") for heading in numbers), Column("", folds=True)]
+    table = Table(columns, title)
     for number, cell in enumerate(cells):
-        if number and cell.table != cells[number - 1].table:
-            grid.add_section()
         repeated = number and cell.column.protocol == cells[number - 1].column.protocol
         mark = f" ({cell.paper.mark})" if cell.paper.mark else ""
         comparable = cell.ours is not None and cell.verdict != "not comparable"
-        grid.add_row(
-            cell.table,
-            cell.column.protocol,
-            cell.column.metric,
-            "" if cell.ours is None else f"{cell.ours:.2f}",
-            f"{cell.paper}{mark}",
-            f"{cell.difference:+.2f}" if comparable else "",
+        table.add(
+            *(cell.table, cell.column.protocol, cell.column.metric, cell.ours, f"{cell.paper}{mark}"),
+            f"{cell.difference:+.2f}" if comparable else None,
             f"{cell.verdict}: {cell.remark}" if cell.remark and not repeated else cell.verdict,
+            ends_section=number + 1 == len(cells) or cells[number + 1].table != cell.table,
         )
-    table_console().print(grid)
+    print_table(table)
 
 
 if __name__ == "__main__":

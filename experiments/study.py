@@ -18,7 +18,15 @@ from experiments.results.study_page import collect, page, plot_of, read_study_js
 from experiments.run.jobs import JobRunner, is_complete
 from experiments.shared.console import counted, entry_point, near
 from experiments.shared.output import writable_folder
-from experiments.shared.table_formats import Column, Format, Table, format_option, print_tables, reserve_stdout
+from experiments.shared.table_formats import (
+    Column,
+    Format,
+    Table,
+    format_option,
+    print_table,
+    print_tables,
+    reserve_stdout,
+)
 from lightning_modules.distributed.signals import Preempted
 
 log = logging.getLogger(__name__)
@@ -119,7 +127,7 @@ def _show_jobs(study: Study, jobs: Sequence[Job]) -> None:
     table = Table([Column("job"), Column("state"), Column("needs", folds=True)], title=study.settings.title)
     for job in jobs:
         table.add(job.name, "complete" if is_complete(study.folder, job) else "missing", ", ".join(sorted(job.needs)))
-    print_tables("table", [table], [])
+    print_table(table)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from datamodules.files import write_json
 from datamodules.options import option
 from datamodules.records import UserError
@@ -22,8 +20,9 @@ from experiments.config.experiment import ExperimentOptions, as_dict, load_confi
 from experiments.config.schema import Config
 from experiments.config.sweep_file import Sweep, as_override, check_trials, read_sweep, sweeps
 from experiments.run.trials import Controller, Trial
-from experiments.shared.console import entry_point, near, table_console, verbosity
+from experiments.shared.console import entry_point, near, verbosity
 from experiments.shared.plain import say
+from experiments.shared.table_formats import Column, Table, print_table
 from lightning_modules.distributed.signals import Preempted
 
 log = logging.getLogger(__name__)
@@ -175,20 +174,16 @@ def _rank(row: Mapping[str, Any], maximize: bool) -> tuple[bool, float]:
 
 
 def _show(sweep: Sweep, rows: list[dict[str, Any]]) -> None:
-    table = Table(title=f"{sweep.name} ({sweep.experiment}): {sweep.metric}", title_justify="left")
     names = [parameter.name for parameter in sweep.parameters]
-    for heading in ("trial", *names, "state", sweep.metric.rpartition("/")[2]):
-        table.add_column(heading, justify="left" if heading == "state" else "right")
     any_stopped = any("reason" in row for row in rows)
-    if any_stopped:
-        table.add_column("why", overflow="fold")
+    columns = [Column("trial", "d"), *(Column(name, "", folds=True) for name in names), Column("state", folds=True)]
+    columns += [Column(sweep.metric.rpartition("/")[2], ".4f"), *([Column("why", folds=True)] if any_stopped else [])]
+    table = Table(columns, f"{sweep.name} ({sweep.experiment}): {sweep.metric}")
     for row in rows:
         values = [_cell(row["parameters"][name]) if name in row["parameters"] else "" for name in names]
         state = f"stopped early at step {row['step']}" if "reason" in row else row["state"]
-        value = "" if row["value"] is None else f"{row['value']:.4f}"
-        why = [row.get("reason", "")] if any_stopped else []
-        table.add_row(str(row["trial"]), *values, state, value, *why)
-    table_console().print(table)
+        table.add(row["trial"], *values, state, row["value"], *([row.get("reason")] if any_stopped else []))
+    print_table(table)
 
 
 def _cell(value: Any) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import rich.table
+from rich.cells import cell_len
 from rich.text import Text
 
 from datamodules.options import option
@@ -127,15 +128,16 @@ def print_tables(format: Format, tables: Sequence[Table], records: Sequence[Mapp
         say(json.dumps([{key: _finite(value) for key, value in record.items()} for record in records], indent=1))
     else:
         for table in tables:
-            _print_to_screen(table)
+            print_table(table)
 
 
-def _print_to_screen(table: Table) -> None:
+def print_table(table: Table) -> None:
+    """Print a table for the screen."""
     console = table_console()
     if not console.is_terminal:
         console = PlainConsole(width=table.pipe_width)
     rows = list(table.texts())
-    longest = [max(len(plain(text)) for text in texts) for texts in _columns(table, rows)]
+    longest = [max(cell_len(plain(text)) for text in texts) for texts in _columns(table, rows)]
     shown = list(range(len(longest)))
     least = [min(n, FOLDED_WIDTH) if table.columns[i].folds else n for i, n in enumerate(longest)]
     for i in sorted(shown, key=lambda i: -table.columns[i].rank):
@@ -148,7 +150,7 @@ def _print_to_screen(table: Table) -> None:
             column.heading,
             justify="left" if column.form is None else "right",
             no_wrap=not column.folds,
-            overflow="fold" if column.folds else "ignore",
+            overflow="fold",  # with "ignore", Rich would not align numbers to the right
             min_width=None if column.folds else longest[i],
         )
     for row, texts in rows:

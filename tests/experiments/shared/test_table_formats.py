@@ -160,6 +160,15 @@ def test_narrow_screens_leave_out_columns_by_rank_and_cut_nothing(capsys, monkey
     }
 
 
+def test_numbers_are_aligned_to_the_right(capsys):
+    """Rich aligned them to the left, because their columns are never cut."""
+    table = Table([Column("name"), Column("steps", ",d"), Column("mean", ".2f", "highest")])
+    table.add("宽 characters", 5, 0.5)
+    table.add("a", 12_000, 10.25)
+    rows = printed(capsys, "table", table).splitlines()[3:5]
+    assert rows == ["│ 宽 characters │      5 │  0.50 │", "│ a             │ 12,000 │ 10.25 │"]
+
+
 def test_log_lines_leave_stdout_to_the_table(capsys, monkeypatch):
     def command(_):
         logging.getLogger("x").info("before")
