@@ -90,7 +90,7 @@ install: $(STAMP) ## create the virtual environment .venv (EXTRAS=cpu or gpu, th
 
 $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@test -x $(PY) || $(call shell-word,PYTHON) -m venv $(VENV)
-	@echo "installing into $(VENV) (once; a minute or two)"
+	@echo "installing into $(VENV) (once; a few minutes)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$(EXTRAS)]"
 	@touch $@

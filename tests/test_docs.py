@@ -60,6 +60,11 @@ def test_lists_and_tables_follow_a_blank_line():
                 assert block.match(before) or before.startswith("  "), (page.name, line)
 
 
+def test_version_of_torch_in_the_installation_is_the_tested_one():
+    (version,) = re.findall(r"torch==([\d.]+)", (ROOT / "docs/start.md").read_text())
+    assert f"torch=={version}\n" in (ROOT / "constraints.txt").read_text()
+
+
 def test_code_of_the_library_page_runs(tmp_path, monkeypatch, make_backbone):
     backbone, tokenizer = make_backbone()
     backbone.save_pretrained(tmp_path / "bert")

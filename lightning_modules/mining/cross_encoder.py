@@ -107,7 +107,8 @@ class CrossEncoderJudge(Judge):
             model, tokenizer = self._trained(table, trained_on, context.folder / "judges", fold, context.device)
             scores[judged] = self._predict(model, tokenizer, table, judged)  # mined pairs come first
             known = np.flatnonzero(~table.is_mined & (fold_of_pair == fold))[:NUM_CHECKED]
-            known_scores, threshold = self._predict(model, tokenizer, table, known), self.drop_above or 0.5
+            known_scores = self._predict(model, tokenizer, table, known)
+            threshold = 0.5 if self.drop_above is None else self.drop_above
             log.info(
                 "judge of fold %d/%d: %.1f%% of the known positives of its queries and %.1f%% of their mined negatives "
                 "score at least %g",
