@@ -268,7 +268,7 @@ def test_entries_have_line_numbers(path):
 @pytest.mark.parametrize("chunk", [1, 5, 2**20])
 def test_bad_entry_is_skipped_and_next_entry_is_read(path, tmp_path, chunk, monkeypatch):
     monkeypatch.setattr(io, "CHUNK", chunk)
-    deep = "[" * 2000 + "]" * 2000
+    deep = "[" * 100_000 + "]" * 100_000  # Python 3.12 and newer accept a few thousand
     bad_ones = (
         '{"a": nul}',
         "{'a': 1}",
