@@ -17,10 +17,12 @@ override shell-word = $(call shell-text,$(value $(1)))
 override shell-words = $(foreach w,$(1),$(call shell-text,$(w)))
 override given = $(filter command,$(origin $(1)))
 
-# The key=value arguments, without make's own variables. A target passes on those that its VARIABLES name.
+# The key=value arguments, without make's own variables. A target passes on those that its VARIABLES name, and
+# those that have a default above even if they are empty, so that a command refuses SCALE=$UNSET.
 override OWN := EXP SCALE RECIPE EXTRAS BENCH STUDY SWEEP SWEEP_ID PARALLEL TRIAL COUNT PYTHON VENV ARGS TESTS
 override OVERRIDES = $(foreach v,$(filter-out $(OWN) SHELL MAKEFLAGS MAKEOVERRIDES,$(.VARIABLES)),$(if $(call given,$(v)),$(call shell-text,$(v)=$(value $(v)))))
-override ARGUMENTS = $(foreach v,$(VARIABLES),$(if $(value $(v)),$(call shell-text,$(v)=$(value $(v))))) $(OVERRIDES) $(call shell-words,$(value ARGS))
+# ARGS precedes the key=value arguments, because its first word may be an argument that is known by its position.
+override ARGUMENTS = $(foreach v,$(VARIABLES),$(if $(value $(v))$(filter EXP SCALE RECIPE BENCH,$(v)),$(call shell-text,$(v)=$(value $(v))))) $(call shell-words,$(value ARGS)) $(OVERRIDES)
 
 # A line break would end the quotes, because make runs each line of a recipe on its own.
 override define NEWLINE

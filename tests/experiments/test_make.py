@@ -130,6 +130,22 @@ def test_every_target_runs_the_command_of_its_name(project):
         assert arguments == ["-m", "experiments", target, *before, "output=x y"], done.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["bench", "BENCH=peer_training", "output=X", "ARGS=vanilla"], ["BENCH=peer_training", "vanilla", "output=X"]),
+        (["train", "SCALE=", "PARALLEL=2"], ["EXP=moe", "SCALE="]),
+        (["sweep", "EXP=", "SWEEP=lr", "TRIAL="], ["EXP=", "SCALE=sample", "SWEEP=lr"]),
+        (["data", "RECIPE="], ["RECIPE="]),
+    ],
+)
+def test_positions_and_empty_values_reach_the_command(project, words, expected):
+    """The experiment of a bench came after its keys, and was refused. SCALE=$UNSET trained at the scale sample."""
+    done, arguments = run(project, *words)
+    assert arguments == ["-m", "experiments", words[0], *expected], done.stderr
+
+
 def variables() -> set[str]:
     """Return the variables that the Makefile names as its own."""
     names = re.search(r"OWN := (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))[1].split()
