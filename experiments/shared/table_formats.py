@@ -24,7 +24,8 @@ Format = Literal["table", "markdown", "latex", "csv", "json"]
 Cell = str | float | None
 
 PIPE_WIDTH = 160  # characters of a table whose columns may be left out, in a file or pipe
-FOLDED_WIDTH = 32  # minimum width of a column whose text is folded
+FOLDED_WIDTH = 32  # minimum width of a column whose text is folded, before other columns are left out
+NARROWEST = 5  # minimum width of such a column, before the others are folded too
 MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~$&#!]|(?<=:)/|(?<=www)\.)")  # the last two would make links
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "{}$&#_%"}
@@ -56,7 +57,7 @@ class Column:
     form: format specification of its numbers, which are aligned to the right; None for a column of text.
     best: which of its numbers is printed in bold.
     rank: 0 if always shown; else the columns of the highest rank are the first that a narrow screen leaves out.
-    folds: whether a narrow screen folds its text. Other columns are never cut.
+    folds: whether a narrow screen folds its text. Other columns are only folded if the table would not fit.
     """
 
     heading: str
@@ -143,15 +144,17 @@ def print_table(table: Table) -> None:
     for i in sorted(shown, key=lambda i: -table.columns[i].rank):
         if table.columns[i].rank and sum(least[j] + 3 for j in shown) + 1 > console.width:
             shown.remove(i)
+    narrowest = [min(longest[i], NARROWEST) if table.columns[i].folds else longest[i] for i in shown]
+    fits = sum(narrowest) + 3 * len(shown) + 1 <= console.width
     grid = rich.table.Table()
     for i in shown:
-        column = table.columns[i]
+        column, folds = table.columns[i], table.columns[i].folds or not fits
         grid.add_column(
             column.heading,
             justify="left" if column.form is None else "right",
-            no_wrap=not column.folds,
+            no_wrap=not folds,
             overflow="fold",  # with "ignore", Rich would not align numbers to the right
-            min_width=None if column.folds else longest[i],
+            min_width=None if folds else longest[i],
         )
     for row, texts in rows:
         cells = [Text(plain(text), "bold" if is_best else "") for text, is_best in texts]

@@ -160,6 +160,24 @@ def test_narrow_screens_leave_out_columns_by_rank_and_cut_nothing(capsys, monkey
     }
 
 
+def test_columns_of_a_table_that_does_not_fit_are_folded_and_not_cut(capsys):
+    """The terminal cut off the last columns of wide tables, such as the counts of `make data` at 80 characters."""
+    table = Table([Column("folder"), *(Column(name, ",d") for name in ("documents", "queries"))], pipe_width=60)
+    table.add("classification_computer_science", 12_345_678, 12_345)
+    table.add("  published", "12,345,678 (+0.0%)", "12,345 (+0.0%)")
+    lines = printed(capsys, "table", table).splitlines()
+    assert max(map(len, lines)) <= 60
+    cells = [
+        "".join(cell.split())
+        for cell in map("".join, zip(*(row.split("│") for row in lines if "│" in row), strict=True))
+    ]
+    assert cells[1:4] == [
+        "classification_computer_sciencepublished",
+        "12,345,67812,345,678(+0.0%)",
+        "12,34512,345(+0.0%)",
+    ]
+
+
 def test_numbers_are_aligned_to_the_right(capsys):
     """Rich aligned them to the left, because their columns are never cut."""
     table = Table([Column("name"), Column("steps", ",d"), Column("mean", ".2f", "highest")])
