@@ -128,7 +128,7 @@ class ShownMiner(Miner):
     """
 
     def rank(self, pool, queries, k, context):
-        shown = pool.judged_negatives.take(np.array(queries)).padded()[:, :k].astype(np.int64)
+        shown = pool.judged_negatives.take(np.arange(queries.start, queries.stop)).padded()[:, :k].astype(np.int64)
         rows = np.pad(shown, ((0, 0), (0, k - shown.shape[1])), constant_values=-1)
         return rows, np.zeros(rows.shape)
 

@@ -172,6 +172,8 @@ def test_shown_documents_keep_their_order(make_task):
     rows, _ = ShownMiner().rank(pool, range(2, 12), 3, context_of(pool))
     shown = [[int(d[1:]) for d, g in grades.items() if g == 0] for grades in toy_collection().qrels["train"].values()]
     assert [row[row >= 0].tolist() for row in rows] == shown[2:]
+    none, _ = ShownMiner().rank(pool, range(0), 3, context_of(pool))  # an IndexError before
+    assert none.shape == (0, 3)
 
 
 def papers_file(path, values):
