@@ -146,6 +146,15 @@ def test_positions_and_empty_values_reach_the_command(project, words, expected):
     assert arguments == ["-m", "experiments", words[0], *expected], done.stderr
 
 
+def test_the_page_on_new_commands_names_lists_of_the_makefile():
+    """It named a list that was gone."""
+    page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+    names = re.findall(r"`([A-Z_]+)`", page.partition("## A command\n")[2])
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert names
+    assert all(f"override {name} :=" in makefile for name in names)
+
+
 def variables() -> set[str]:
     """Return the variables that the Makefile names as its own."""
     names = re.search(r"OWN := (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))[1].split()
