@@ -5,11 +5,19 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from datamodules.papers.paper_record import Paper, doi_name, labels_of, missing_package, split_list, year_of
+from datamodules.papers.paper_record import (
+    Paper,
+    doi_name,
+    labels_of,
+    missing_package,
+    split_list,
+    without_tags,
+    year_of,
+)
 from datamodules.readers.io import open_text, read_chunk
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError, prefixed, short
@@ -18,6 +26,7 @@ MAX_SIZE = 256 * 2**20  # characters; the parser holds the whole file in memory
 MAX_VALUE = 2**20  # characters after strings are replaced, which could double it again and again
 KEYWORDS = ("keywords", "keyword", "mendeley-tags")
 YEARS = ("year", "date")
+FORMULA = re.compile(r"(\$[^$]*\$)")
 ENTRY_WITHOUT_AT = re.compile(r"\{[^{}]*=")  # in text between entries, which BibTeX ignores
 
 
@@ -112,7 +121,7 @@ def _package() -> tuple[Any, Any]:
 
 def paper(record: Record) -> Paper:
     def text(*keys: str) -> str:
-        return next((_without_latex(value) for key in keys if (value := record.text(key))), "")
+        return next((_plain(value) for key in keys if (value := record.text(key))), "")
 
     keywords = split_list(text(*KEYWORDS), ";|,")
     return Paper(
@@ -125,11 +134,59 @@ def paper(record: Record) -> Paper:
     )
 
 
-@functools.cache
-def _decoder():
-    from pylatexenc.latex2text import LatexNodes2Text
+def _plain(text: str) -> str:
+    """Return text without LaTeX, and without the HTML of publishers' exports. In a formula, <n> is not a tag."""
+    parts = FORMULA.split(_without_latex(text))
+    return "".join(part if FORMULA.fullmatch(part) else without_tags(part) for part in parts)
 
-    return LatexNodes2Text(math_mode="verbatim")
+
+# Characters in the exports of Zotero, Mendeley and JabRef that pylatexenc 2 replaces by nothing, and the soft hyphen.
+CHARACTERS = {
+    "textless": "<",
+    "textgreater": ">",
+    "textbar": "|",
+    "textbraceleft": "{",
+    "textbraceright": "}",
+    "textquotedbl": '"',
+    "textunderscore": "_",
+    "textminus": "\u2212",
+    "slash": "/",
+    "euro": "\u20ac",
+    "pounds": "\u00a3",
+    "S": "\u00a7",
+    "LaTeX": "LaTeX",
+    "TeX": "TeX",
+    "-": "",
+}
+GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi chi psi omega"
+# Commands whose last argument is text, and their arguments in the notation of pylatexenc.
+LAST_ARGUMENT = {
+    "href": "{{",
+    "textcolor": "{{",
+    "foreignlanguage": "{{",
+    "enquote": "{",
+    "mkbibquote": "{",
+    "mbox": "{",
+}
+
+
+@functools.cache
+def _decoder() -> Callable[[str], str]:
+    """Return the function that turns LaTeX into text."""
+    from pylatexenc import latex2text, latexwalker, macrospec
+
+    decoded = latex2text.get_default_latex_context_db()
+    plain = latex2text.LatexNodes2Text().latex_to_text
+    letters = {f"text{name}": plain(rf"\{name}") for name in (*GREEK.split(), *GREEK.title().split())}
+    characters = CHARACTERS | {name: letter for name, letter in letters.items() if letter}  # there is no \Alpha
+    macros = [latex2text.MacroTextSpec(name, text) for name, text in characters.items()]
+    macros += [latex2text.MacroTextSpec(name, f"%({len(form)})s") for name, form in LAST_ARGUMENT.items()]
+    decoded.add_context_category("exports", macros=macros, prepend=True)
+    parsed = latexwalker.get_default_latex_context_db()
+    arguments = [macrospec.MacroSpec(name, form) for name, form in LAST_ARGUMENT.items()]
+    parsed.add_context_category("exports", macros=arguments, prepend=True)
+    decoder = latex2text.LatexNodes2Text(decoded, math_mode="verbatim")
+    return functools.partial(decoder.latex_to_text, latex_context=parsed)
 
 
 def _without_latex(text: str) -> str:
@@ -142,6 +199,6 @@ def _without_latex(text: str) -> str:
     is_paired = len(re.findall(r"(?<!\\)\$", text)) % 2 == 0
     escaped = re.sub(r"(?<!\\)([%&#_])" if is_paired else r"(?<!\\)([%&#_$])", r"\\\1", text)
     try:
-        return _decoder().latex_to_text(escaped)
+        return _decoder()(escaped)
     except (pylatexenc.latexwalker.LatexWalkerError, RecursionError, ValueError, IndexError, TypeError) as error:
         raise UserError(f"the LaTeX in {short(text)} cannot be read ({str(error)[:60]})") from error

@@ -19,6 +19,7 @@ BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f]+")
 # Tags of HTML, JATS and MathML. Attributes need quotes, so that "a <b and c> d" is not a tag.
 TAG = re.compile(r"</?(?:\w+:)?[A-Za-z][\w-]*(?:\s+[\w:-]+\s*=\s*(?:\"[^\"]*\"|'[^']*'))*\s*/?>")
 YEAR = re.compile(r"(?<![0-9])(?:1[5-9]|2[01])[0-9]{2}(?![0-9])")
+FORMS = {";": "\uff1b\u061b", ",": "\uff0c\u3001\u060c"}  # Chinese, Japanese and Arabic forms of a separator
 DOI = re.compile(r"10\.[0-9]{4,9}/\S+", re.IGNORECASE)
 
 
@@ -116,9 +117,13 @@ def label(record: Record, id: str, name: str) -> Label:
 
 
 def split_list(text: str, separators: str = ";|") -> list[str]:
-    """Split a string such as "a; b; c" at the first of the separators that it contains."""
-    separator = next((separator for separator in separators if separator in text), None)
-    return [part.strip() for part in (text.split(separator) if separator else [text]) if part.strip()]
+    """Split a string such as "a; b; c" at the first of the separators that it contains.
+
+    Full-width and Arabic forms of a separator are the same as the separator.
+    """
+    forms = next((forms for each in separators if not set(forms := each + FORMS.get(each, "")).isdisjoint(text)), "")
+    parts = re.split(f"[{re.escape(forms)}]", text) if forms else [text]
+    return [part.strip() for part in parts if part.strip()]
 
 
 def objects(record: Record, key: str) -> list[Record]:

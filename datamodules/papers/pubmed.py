@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datamodules.papers.paper_record import Label, Paper, doi_name, labels_of, objects, year_of
+from datamodules.papers.paper_record import Label, Paper, doi_name, labels_of, objects, without_tags, year_of
 from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
 from datamodules.readers.xml_elements import read_elements
 from datamodules.records import UserError
@@ -35,7 +35,7 @@ def _as_object(article: ElementTree.Element) -> dict[str, Any]:
     if citation is None:
         return {}
     date = citation.find("Article/Journal/JournalIssue/PubDate")
-    dates = [None if date is None else _text(date), citation.findtext("Article/ArticleDate/Year")]
+    dates = [None if date is None else " ".join(date.itertext()), citation.findtext("Article/ArticleDate/Year")]
     return {
         "pmid": _text(citation.find("PMID")),
         "title": _text(citation.find("Article/ArticleTitle")),
@@ -78,8 +78,8 @@ def paper(record: Record) -> Paper:
         raise UserError("the article has no PMID")
     return Paper(
         id=record.id("pmid"),
-        title=record.text("title"),
-        abstract=record.text("abstract"),
+        title=without_tags(record.text("title")),  # some abstracts have escaped tags, &lt;b&gt;
+        abstract=without_tags(record.text("abstract")),
         year=next(filter(None, map(year_of, record["dates"])), None),
         labels={
             "mesh": [

@@ -7,7 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datamodules.papers.paper_record import Paper, doi_name, labels_of, missing_package, split_list, year_of
+from datamodules.papers.paper_record import (
+    Paper,
+    doi_name,
+    labels_of,
+    missing_package,
+    split_list,
+    without_tags,
+    year_of,
+)
 from datamodules.readers.io import numbered_lines
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError, explained, short
@@ -75,8 +83,8 @@ def paper(record: Record) -> Paper:
 
     return Paper(
         id=first("id") or first("accession_number"),
-        title=first(*TITLES),
-        abstract=first(*ABSTRACTS),
+        title=without_tags(first(*TITLES)),
+        abstract=without_tags(first(*ABSTRACTS)),
         year=year_of(first(*YEARS)),
         labels={"keywords": labels_of([each for word in record.array("keywords") for each in split_list(word)], "KW")},
         names=doi_name(first("doi")),

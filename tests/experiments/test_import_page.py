@@ -23,7 +23,7 @@ def command_of(line: str, folder: Path) -> list[str]:
     """Return the command that make would run for a line of the page, with this interpreter."""
     words = shlex.split(line, comments=True)
     shown = subprocess.run([words[0], "-n", *words[1:]], cwd=folder, capture_output=True, text=True, check=True).stdout
-    command = next(shlex.split(each) for each in shown.splitlines() if "-m experiments." in each)
+    command = next(shlex.split(each) for each in shown.splitlines() if "-m experiments " in each)
     return [sys.executable, *command[1:]]
 
 

@@ -64,6 +64,8 @@ def test_lists_are_split_at_the_first_separator_that_occurs():
     assert split_list("a, b; c,d", ";|,") == ["a, b", "c,d"]
     assert split_list("a, b", ";|,") == ["a", "b"]
     assert split_list(" ", ";") == []
+    assert split_list("图神经网络；蛋白质") == ["图神经网络", "蛋白质"]
+    assert split_list("تعلم، شبكات,a", ";,") == ["تعلم", "شبكات", "a"]
 
 
 def test_text_has_no_control_characters_and_ids_have_no_white_space():
@@ -94,6 +96,13 @@ def test_latex_becomes_plain_text(tmp_path):
     assert second.id == "k1"
 
 
+def test_characters_and_arguments_that_pylatexenc_drops_are_kept(tmp_path):
+    """p {\\textless} 0.05 became p 0.05, \\mbox lost its text, and a paper with \\href was a bad record."""
+    title = r"p {\textless} 0.05, {\textalpha}-helix, hy\-phen, \mbox{BERT}, \textcolor{red}{red} \href{http://x}{link}"
+    (paper,) = read(tmp_path / "a.bib", f"@article{{a, title = {{{title}}}}}")
+    assert paper.title == "p < 0.05, α-helix, hyphen, BERT, red link"
+
+
 def test_parts_of_bibtex_values_are_joined(tmp_path):
     """They became text such as 'pre # " networks"'. A # inside braces or quotes is text."""
     entry = """@string{pre = "Deep"} @string{both = pre # { neural}}
@@ -119,6 +128,36 @@ def test_papers_of_a_bibtex_volume_inherit_its_year_and_keywords(tmp_path):
         ("B", "", 2001, ["own"]),
         ("C", "", None, []),
     ]
+
+
+def test_html_is_removed_in_every_format_and_formulas_are_kept(tmp_path):
+    """BibTeX, RIS and PubMed kept the tags and entities that publishers' exports have in titles and abstracts."""
+    title = r"<i>E. coli</i> in H<sub>2</sub>O \&amp; {\textless}b{\textgreater}salt{\textless}/b{\textgreater}"
+    entry = f"@article{{a, title = {{{title}}}, abstract = {{<p>At $a<b>c$ and 5 < 6</p>}}}}"
+    (paper,) = read(tmp_path / "a.bib", entry)
+    assert (paper.title, paper.abstract) == ("E. coli in H2O & salt", "At $a<b>c$ and 5 < 6")
+    (paper,) = read(tmp_path / "a.ris", "TY  - JOUR\nTI  - A <i>b</i> &amp; c\nAB  - <p>x</p>\nER  - \n")
+    assert (paper.title, paper.abstract) == ("A b & c", "x")
+    text = "<ArticleTitle>A</ArticleTitle><Abstract><AbstractText>&lt;b&gt;Aim:&lt;/b&gt; x</AbstractText></Abstract>"
+    article = f"<MedlineCitation><PMID>1</PMID><Article>{text}</Article></MedlineCitation>"
+    (paper,) = read(tmp_path / "a.xml", f"<MedlineCitationSet>{article}</MedlineCitationSet>")
+    assert paper.abstract == "Aim: x"
+
+
+@pytest.mark.parametrize(
+    "date",
+    [
+        "<Year>2019</Year><Month>12</Month><Day>31</Day>",
+        "<Year>2019</Year>\n<Season>Winter</Season>",
+        "<MedlineDate>2019 Dec-2020 Jan</MedlineDate>",
+    ],
+)
+def test_year_of_pubmed_needs_no_space_between_elements(tmp_path, date):
+    """The first date was read as 20191231, which is not a year."""
+    journal = f"<Journal><JournalIssue><PubDate>{date}</PubDate></JournalIssue></Journal>"
+    article = f"<PMID>1</PMID><Article>{journal}<ArticleTitle>A</ArticleTitle></Article>"
+    citation = f"<MedlineCitationSet><MedlineCitation>{article}</MedlineCitation></MedlineCitationSet>"
+    assert [paper.year for paper in read(tmp_path / "a.xml", citation)] == [2019]
 
 
 @pytest.mark.parametrize(
