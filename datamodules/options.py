@@ -34,7 +34,8 @@ def option(
     minimum, maximum: inclusive bounds. above, below: exclusive bounds.
     choices: allowed values, or allowed items of a list. A Literal type needs none.
     key: name on the command line, by default the name of the field.
-    positional: whether the value is the command's first argument instead of key=value.
+    positional: whether the value is the command's first argument instead of key=value, or, for a tuple, all arguments
+        without =.
     """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
     metadata = {"help": help, "choices": choices, "key": key, "positional": positional}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Literal
 from datamodules.files import expanded, write_json
 from datamodules.options import option
 from datamodules.papers.columns import COLUMNS, parse_columns
-from datamodules.papers.formats import FORMATS, files_of, format_of, read_papers
+from datamodules.papers.formats import FORMATS, IMPORTED, QUARANTINE, files_of, format_of, read_papers, warn_of_unread
 from datamodules.papers.library import EmptyLibrary, Library, library_in
 from datamodules.papers.paper_record import LABEL_KINDS, Paper
 from datamodules.papers.splits import Splits
@@ -39,7 +40,7 @@ class ImportOptions:
     search in BEIR layout.
     """
 
-    input: str = option(help="file or folder, or several of them separated by commas", positional=True)
+    input: tuple[str, ...] = option(help="files and folders, also separated by commas", positional=True)
     output: Path = option(help="new folder for the data")
     format: Literal["", *FORMATS] = option("", "format of all files; by default recognised for each")
     columns: tuple[str, ...] = option((), f"columns of a table, NAME:COLUMN; NAME is one of {', '.join(COLUMNS)}")
@@ -77,16 +78,16 @@ def main(arguments: Sequence[str]) -> None:
     files = _files(options.input)
     formats = Counter(options.format or format_of(path) for path in files)
     with whole_folder(options.output) as folder:
-        quarantine = options.output.with_name(f"{options.output.name}.quarantine.jsonl")
+        quarantine = options.output.with_name(options.output.name + QUARANTINE)
         quarantine.unlink(missing_ok=True)
         with BadLines(options.on_error, str(quarantine)) as bad, library_in(splits, folder) as library:
             with Progress("reading", "records", brief=True) as progress:
                 papers = read_papers(files, bad, options.format, columns)
-                _read(library, _advancing(papers, progress), options.input)
+                _read(library, _advancing(papers, progress), ", ".join(options.input))
             if num_bad := bad.by_reason.total():  # later ones are queries of a file
                 library.left_out[f"bad records, in {near(quarantine)}"] = num_bad
             counts = {kind: _write(library, view, views, bad, folder / kind) for kind, view in VIEW_OF_KIND.items()}
-            library.write(folder / "papers.jsonl")
+            library.write(folder / IMPORTED)
             summary = {
                 "input": [str(path) for path in files],
                 "formats": dict(formats),
@@ -100,11 +101,15 @@ def main(arguments: Sequence[str]) -> None:
     _report(options.output, summary, counts)
 
 
-def _files(text: str) -> list[Path]:
-    sources = [text] if Path(text).exists() else text.split(",")  # the name of a file may have a comma
+def _files(texts: Sequence[str]) -> list[Path]:
+    """Return the files of papers. Each text is a path, which may have commas, or paths with commas between them."""
+    sources = [source for text in texts for source in ([text] if os.path.exists(text) else text.split(","))]
+    files: dict[Path, None] = {}
     with prefixed("input: "):
-        files = [path for source in sources for path in files_of(expanded(source, "papers"))]
-    return list(dict.fromkeys(files))
+        for path in (expanded(source, "papers") for source in sources if source):
+            files |= dict.fromkeys(new := files_of(path))
+            warn_of_unread(path, new)
+    return list(files)
 
 
 def _read(library: Library, papers: Iterable[Paper | None], source: str) -> None:
@@ -154,7 +159,7 @@ def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> Non
             data.append(f"evaluation.split={'dev' if 'dev' in filled else 'train'}")
         log.info("Next: make train EXP=moe 'tasks=[%s]' %s", ",".join(created), " ".join(data))
     else:
-        raise UserError(f"input: no task can be made of these papers; {near(output) / 'papers.jsonl'} has them all")
+        raise UserError(f"input: no task can be made of these papers; {near(output) / IMPORTED} has them all")
 
 
 def _reasons(left_out: Mapping[str, int]) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import json
 import logging
+import re
 import zipfile
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -45,6 +47,8 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "doi": ("doi",),
     "split": ("split",),
 }
+SEPARATOR = re.compile(r'"?sep=([,;|\t])"?', re.IGNORECASE)  # first line of a CSV file for Excel
+MAX_CELL = 2**22  # characters; lists of references and full texts exceed the 131,072 of the module csv
 MAX_EXCEL = 2**30  # bytes; the unpacked size of a workbook
 
 
@@ -135,8 +139,13 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
     """Yield the rows of a CSV or TSV file. The header decides whether tabs, commas or semicolons separate its cells."""
     lines = _Lines(path)
     header_line = next((line for line in lines if line.strip()), "")
+    separator = SEPARATOR.fullmatch(header_line.strip())
+    if separator:
+        header_line = next((line for line in lines if line.strip()), "")
     # strict: otherwise an open quote swallows the rows up to the next one.
-    dialect: dict[str, Any] = {"delimiter": max("\t,;", key=header_line.count), "strict": True}
+    dialect: dict[str, Any] = {"strict": True}
+    dialect["delimiter"] = separator[1] if separator else max("\t,;", key=header_line.count)
+    csv.field_size_limit(MAX_CELL)
     with explained(f"{path}: the header is not valid CSV", csv.Error):
         header = next(csv.reader([header_line], **dialect), [])
     count = 0
@@ -192,25 +201,29 @@ def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
         import openpyxl
     except ModuleNotFoundError as error:
         raise missing_package("Excel files", "openpyxl") from error
-    count, header = 0, None
+    count, number, header = 0, 0, None
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
         if size > MAX_EXCEL:
             raise UserError(f"{path}: expands to {size:,} bytes, more than {MAX_EXCEL:,}; save it as CSV")
-        sheet = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets[0]
-        for values in sheet.iter_rows(values_only=True):
+        sheet, *others = openpyxl.load_workbook(path, read_only=True, data_only=True).worksheets
+        for number, values in enumerate(sheet.iter_rows(values_only=True), start=1):
+            if all(value is None for value in values):
+                continue
             if header is None:
                 header = values
-            elif any(value is not None for value in values):
+            else:
                 count += 1
-                cells_by_name = zip(header, map(_plain_cell, values), strict=False)
+                cells_by_name = itertools.zip_longest(header, map(_plain_cell, values))  # some programs leave out cells
                 value = {str(name): cell for name, cell in cells_by_name if name is not None}
-                yield Row(bad, path, count + 1, str(value)[:QUARANTINED_TEXT], count, value)
+                yield Row(bad, path, number, str(value)[:QUARANTINED_TEXT], count, value)
+        if filled := [each.title for each in others if any(map(any, each.iter_rows(values_only=True)))]:
+            log.warning("%s: only the sheet %s is read; not read: %s", path, sheet.title, ", ".join(filled))
     except (UserError, GeneratorExit):
         raise
     except Exception as error:  # openpyxl raises whatever its parsers raise
-        raise UserError(f"{path}: the Excel file is damaged after row {count + 1} ({error})") from error
+        raise UserError(f"{path}: the Excel file is damaged after row {number} ({error})") from error
     bad.end_of_file(path, count)
 
 

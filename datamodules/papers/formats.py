@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
 from datamodules.readers.tables import read_tables
 from datamodules.records import UserError, check_choice
 
+log = logging.getLogger(__name__)
 PAGES = ("results", "data", "items")  # keys of the list of records in a page of an API
 
 
@@ -93,6 +96,7 @@ FORMATS = {
     "excel": Format((".xlsx", ".xlsm"), columns.excel_rows, columns.paper),
 }
 TABLES = ("json", "csv", "parquet", "excel")  # formats with named columns
+IMPORTED, QUARANTINE = "papers.jsonl", ".quarantine.jsonl"  # names of files that an import writes
 KNOWN_SUFFIXES = {suffix for each in FORMATS.values() for suffix in each.suffixes}
 
 
@@ -100,12 +104,15 @@ def files_of(source: Path) -> list[Path]:
     """Return a file, or all files below a folder that may have papers. Raises UserError if none may.
 
     Files without a suffix count if they are compressed: those of OpenAlex's snapshot are called part_000.gz.
+    Of the output of an import, only papers.jsonl counts, and nothing if it is inside the folder.
     """
-    if source.is_file():
+    if os.path.isfile(source):  # unlike Path.is_file, it accepts names that are too long to exist
         return [source]
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise UserError(f"{source}: no such file or folder")
-    paths = sorted(path for path in source.rglob("*") if not path.name.startswith(".") and path.is_file())
+    if _is_import(source):
+        return [source / IMPORTED]
+    paths = _visible(source)
     if not (
         files := [
             path for path in paths if suffix_of(path) in KNOWN_SUFFIXES or (suffix_of(path) == "" and path.suffix)
@@ -115,6 +122,42 @@ def files_of(source: Path) -> list[Path]:
             f"{source}: contains no files of papers ({', '.join(sorted(KNOWN_SUFFIXES))}; plain, .gz or .zst)"
         )
     return files
+
+
+def warn_of_unread(source: Path, files: Sequence[Path]) -> None:
+    """Log how many files of a folder are not read, by suffix, and the outputs of imports in it.
+
+    files: those that are read.
+    """
+    if not os.path.isdir(source) or _is_import(source):
+        return
+    if imports := _imports_in(source):
+        log.warning("%s: not read, because it is the output of an import: %s", source, ", ".join(map(str, imports)))
+    unread = Counter(path.suffix.lower() or path.name for path in set(_visible(source)) - set(files))
+    if unread:
+        shown = ", ".join(f"{count:,} x {suffix}" for suffix, count in unread.most_common(8))
+        log.warning("%s: not read, because their suffix is not that of a format of papers: %s", source, shown)
+
+
+def _is_import(folder: Path) -> bool:
+    return (folder / "import.json").is_file() and (folder / IMPORTED).is_file()
+
+
+def _imports_in(folder: Path) -> list[Path]:
+    return sorted(path.parent for path in folder.rglob("import.json") if _is_import(path.parent))
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Return the files below a folder, except hidden ones and those that an import has written."""
+    imports = set(_imports_in(folder))
+    return sorted(
+        path
+        for path in folder.rglob("*")
+        if not path.name.startswith(".")
+        and not path.name.endswith(QUARANTINE)
+        and imports.isdisjoint(path.parents)
+        and path.is_file()
+    )
 
 
 def format_of(path: Path) -> str:
@@ -149,10 +192,11 @@ def read_papers(
     """
     for path in files:
         name = check_choice("format", format, list(FORMATS)) if format else format_of(path)
-        make, is_first = FORMATS[name].paper, True
+        make, is_first, count = FORMATS[name].paper, True, 0
         if name in TABLES:
             make = functools.partial(make, columns=names or {})
         for row in FORMATS[name].rows(path, bad):
+            count += 1
             papers, record = [], None
             with row:
                 is_null = row.entry is not None and row.value is None  # for an unknown id in a batch of an API
@@ -162,3 +206,5 @@ def read_papers(
                 columns.check_columns(path, record, names or {})
             is_first = is_first and record is None
             yield from papers
+        if not count:
+            log.warning("%s: no record was read as %s; if the file has another format, set it as format", path, name)

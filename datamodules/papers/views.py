@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
@@ -49,9 +50,9 @@ class ViewOptions:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.search not in SEARCHES and not Path(self.search).is_file():
+        if self.search not in SEARCHES and not os.path.isfile(self.search):
             raise UserError(f"search: expected {', '.join(SEARCHES)}, or a file of queries, got {self.search!r}")
-        if self.definitions and not Path(self.definitions).is_file():
+        if self.definitions and not os.path.isfile(self.definitions):
             raise UserError(f"definitions: {self.definitions} is not a file")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.options import REQUIRED, option
 from datamodules.papers.columns import parse_columns
-from datamodules.papers.formats import FORMATS, files_of, read_papers
+from datamodules.papers.formats import FORMATS, files_of, read_papers, warn_of_unread
 from datamodules.papers.library import EmptyLibrary, library_in
 from datamodules.papers.splits import Splits
 from datamodules.papers.views import VIEWS, EmptyView, ViewOptions
@@ -50,13 +51,15 @@ class PapersReader(SinkReader):
 
     def sources(self) -> list[Path]:
         """Return the files to read."""
-        further = (Path(path) for path in (self.definitions, self.search) if path and Path(path).is_file())
+        further = (Path(path) for path in (self.definitions, self.search) if os.path.isfile(path))
         return [*files_of(Path(self.source)), *further]
 
     def write(self, sink: Sink, bad: BadLines) -> None:
+        files = files_of(Path(self.source))
+        warn_of_unread(Path(self.source), files)
         with library_in(self._splits) as library:
             try:
-                library.read(read_papers(files_of(Path(self.source)), bad, self.format, self.columns))
+                library.read(read_papers(files, bad, self.format, self.columns))
                 view = VIEWS[self.view](library, self._options, bad)
             except (EmptyLibrary, EmptyView) as error:
                 raise UserError(f"{self.source}: {error}") from error

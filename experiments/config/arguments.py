@@ -46,7 +46,12 @@ def parse_known(options: type[T], arguments: Sequence[str], further: type | None
     hints, values, rest = get_type_hints(options), {}, list(arguments)
     fields = {option_key(field): field for field in dataclasses.fields(options)}
     for field in fields.values():
-        if field.metadata.get("positional") and rest and "=" not in rest[0]:
+        if not field.metadata.get("positional"):
+            continue
+        if get_origin(hints[field.name]) is tuple:  # paths, which may have commas
+            values[field.name] = tuple(word for word in rest if "=" not in word)
+            rest = [word for word in rest if "=" in word]
+        elif rest and "=" not in rest[0]:
             values[field.name] = _convert(option_key(field), hints[field.name], rest.pop(0))
     unknown = []
     for argument in rest:

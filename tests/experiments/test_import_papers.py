@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -185,6 +187,32 @@ def test_files_of_several_formats_are_one_library(tmp_path):
     assert imported(tmp_path / "b, c.ris", tmp_path / "ris")["papers"] == 50
 
 
+def test_files_may_be_several_arguments(tmp_path, monkeypatch):
+    """import *.bib ended with an error, and so did many names with commas between them, as one long name."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"library {number} with a long, long name.json" for number in range(12)]
+    for name in names:
+        Path(name).write_text(json.dumps([{"id": name, "title": "A title", "abstract": "Text"}]))
+    main(["output=out", *names])
+    assert len(Path("out/papers.jsonl").read_text().splitlines()) == 12
+    short = [f"a rather long name of a library {number}.json" for number in range(12)]
+    for old, new in zip(names, short, strict=True):
+        Path(old).rename(new)
+    assert imported(",".join(short), Path("joined"))["papers"] == 12
+
+
+def test_folder_can_be_imported_twice(tmp_path, monkeypatch):
+    """The second import read the output of the first one, and a file of bad records that it had just removed."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": number, "title": f"Title {number}", "abstract": "Text", "keywords": ["a"]} for number in range(20)]
+    Path("papers.json").write_text(json.dumps([*rows, {"title": 5}]))
+    for output in ("first", "second"):
+        assert imported(".", Path(output))["records"] == 21
+    assert imported("first", Path("third"))["papers"] == 20
+    shutil.rmtree("first")
+    assert imported(".", Path("first"))["records"] == 21
+
+
 def test_papers_are_split_by_year(tmp_path):
     truths = papers()
     WORLDS[0].write(tmp_path / "works.jsonl", truths)
@@ -285,6 +313,7 @@ def test_labels_get_definitions_from_a_file(tmp_path):
         ("split=80/10", "split: expected three percentages that add up to 100"),
         ("split=2015/2010", "split: expected three percentages"),
         ("labels=topic", "labels: expected one of topics, mesh, fields, keywords"),
+        (f"search={'words ' * 60}", "search: expected title, keywords, or a file of queries"),
         ("search=titel", "search: expected title, keywords, or a file of queries, got 'titel'"),
         ("columns=title", "columns: expected NAME:COLUMN, such as title:Titel, got 'title'"),
         ("columns=titel:Titel", "columns: expected one of id, title"),

@@ -8,7 +8,7 @@ import zipfile
 import pytest
 
 from datamodules.papers.columns import MAX_EXCEL
-from datamodules.papers.formats import FORMATS, files_of, format_of, read_papers
+from datamodules.papers.formats import FORMATS, files_of, format_of, read_papers, warn_of_unread
 from datamodules.papers.paper_record import Label, Paper, doi_name, split_list, without_tags, year_of
 from datamodules.papers.splits import Splits
 from datamodules.readers import io
@@ -259,6 +259,34 @@ def test_wrong_table_raises_user_error(tmp_path, content, message):
     assert message in error(tmp_path / "a.csv", content)
 
 
+def test_first_line_of_a_csv_file_for_excel_names_the_separator(tmp_path):
+    """The line was the header, and all rows were bad."""
+    for line in ("sep=;", '"sep=;"'):
+        (paper,) = read(tmp_path / "a.csv", f"{line}\r\ntitle;abstract\r\nA, b;c\r\n")
+        assert (paper.title, paper.abstract) == ("A, b", "c")
+
+
+def test_cell_of_a_table_may_be_long(tmp_path):
+    """A cell of more than 131,072 characters, such as the references of a review, cost the paper."""
+    (paper,) = read(tmp_path / "a.csv", f"title,abstract,notes\nA,b,{'x' * 200_000}\n")
+    assert paper.abstract == "b"
+
+
+def test_workbook_may_have_blank_rows_missing_cells_and_further_sheets(tmp_path, caplog):
+    """A blank first row was the header. A missing last cell of the first row was a missing column."""
+    import openpyxl
+
+    workbook = openpyxl.Workbook()
+    for row in ([], ["Title", "Summary"], ["A"], [], ["B", "b"]):
+        workbook.active.append(row)
+    workbook.create_sheet("empty")
+    workbook.create_sheet("more").append(["Title"])
+    workbook.save(tmp_path / "a.xlsx")
+    papers = read(tmp_path / "a.xlsx", (tmp_path / "a.xlsx").read_bytes())
+    assert [(paper.title, paper.abstract) for paper in papers] == [("A", ""), ("B", "b")]
+    assert caplog.messages == [f"{tmp_path / 'a.xlsx'}: only the sheet Sheet is read; not read: more"]
+
+
 def test_workbook_that_expands_without_end_is_refused(tmp_path):
     with (
         zipfile.ZipFile(tmp_path / "a.xlsx", "w", zipfile.ZIP_DEFLATED) as archive,
@@ -310,6 +338,32 @@ def test_folder_without_papers_and_unknown_suffix_raise_user_error(tmp_path):
     with pytest.raises(UserError, match="no such file or folder"):
         files_of(tmp_path / "nowhere")
     assert "unknown format; expected one of .bib" in error(tmp_path / "a.pdf", "x")
+
+
+def test_file_without_a_record_is_named(tmp_path, caplog):
+    """Next to other files, a RIS file with the suffix .bib was nothing, without a word."""
+    assert read(tmp_path / "a.bib", "TY  - JOUR\nTI  - A\nER  - \n") == []
+    assert caplog.messages == [
+        f"{tmp_path / 'a.bib'}: no record was read as bibtex; if the file has another format, set it as format"
+    ]
+
+
+def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path, caplog):
+    """They were left out without a word, and the output of an earlier import was read again, with its labels."""
+    for name in ("a.bib", "b.nbib", "c.PDF", "d.pdf", ".hidden", "out.quarantine.jsonl", "out/search/corpus.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in ("import.json", "papers.jsonl"):
+        (tmp_path / "out" / name).touch()
+    assert files_of(tmp_path) == [tmp_path / "a.bib"]
+    warn_of_unread(tmp_path, files_of(tmp_path))
+    assert caplog.messages == [
+        f"{tmp_path}: not read, because it is the output of an import: {tmp_path / 'out'}",
+        f"{tmp_path}: not read, because their suffix is not that of a format of papers: 2 x .pdf, 1 x .nbib",
+    ]
+    assert files_of(tmp_path / "out") == [tmp_path / "out" / "papers.jsonl"]
+    warn_of_unread(tmp_path / "out", files_of(tmp_path / "out"))
+    assert len(caplog.messages) == 2
 
 
 def test_splits_by_year_and_by_column():
