@@ -77,24 +77,44 @@ class Library:
             (paper.id, paper.title, paper.abstract, paper.year, self.splits.of(paper)),
         )
         if not new.rowcount:
-            self.left_out["papers with the id of an earlier one"] += 1
+            (title,) = execute("SELECT title FROM papers WHERE id = ?", (paper.id,)).fetchone()
+            differs = "" if _plain(title) == _plain(paper.title) else ", but another title"
+            self.left_out[f"papers with the id of an earlier one{differs}"] += 1
             return
-        number = new.lastrowid
+        number, citing = new.lastrowid, paper.id
+        if earlier := self._of_same_work(paper):
+            self.left_out["papers with DOI and title of an earlier one (joined with it)"] += 1
+            execute("DELETE FROM papers WHERE number = ?", (number,))
+            number, citing = earlier
+            execute("UPDATE papers SET abstract = ? WHERE number = ? AND abstract = ''", (paper.abstract, number))
+            execute("UPDATE papers SET year = ? WHERE number = ? AND year IS NULL", (paper.year, number))
         for name in (paper.id, *paper.names):
             execute("INSERT OR IGNORE INTO names VALUES (?, ?)", (name, number))
-        self._add_citations(paper)
+        self._add_citations(citing, paper)
         for kind, labels in paper.labels.items():
             for label in labels:
                 execute("INSERT OR IGNORE INTO labels VALUES (?, ?, ?, ?)", (kind, *label))
                 execute("INSERT OR IGNORE INTO labelled VALUES (?, ?, ?)", (number, kind, label.id))
 
+    def _of_same_work(self, paper: Paper) -> tuple[int, str] | None:
+        """Return number and id of the earlier paper with a DOI of this one, if they have the same title.
+
+        All papers of a volume may have its DOI.
+        """
+        select = "SELECT number, id, title FROM names JOIN papers USING (number) WHERE name = ?"
+        for name in paper.names:
+            earlier = self.database.execute(select, (name,)).fetchone() if name.startswith("doi:") else None
+            if earlier and paper.title and _plain(earlier[2]) == _plain(paper.title):
+                return earlier[:2]
+        return None
+
     def _add_part(self, part: Paper) -> None:
         if part.abstract:
             self.database.execute("INSERT OR IGNORE INTO parts VALUES (?, ?)", (part.id, part.abstract))
-        self._add_citations(part)
+        self._add_citations(part.id, part)
 
-    def _add_citations(self, paper: Paper) -> None:
-        pairs = ((paper.id, cited) for cited in paper.references)
+    def _add_citations(self, citing: str, paper: Paper) -> None:
+        pairs = ((citing, cited) for cited in paper.references)
         self.database.executemany("INSERT OR IGNORE INTO citations VALUES (?, ?)", pairs)
 
     def _join_parts(self) -> None:
@@ -133,6 +153,11 @@ class Library:
                 references = [cited for (cited,) in select("SELECT cited FROM citations WHERE citing = ?", (id,))]
                 record = {"id": id, "title": title, "abstract": abstract, "year": year, "split": split} | labels
                 file.write(json.dumps(record | {"references": references}, ensure_ascii=False) + "\n")
+
+
+def _plain(title: str) -> str:
+    """Return a title without what differs between databases: case, spaces and punctuation."""
+    return "".join(filter(str.isalnum, title.casefold()))
 
 
 @contextmanager

@@ -111,8 +111,13 @@ class BadLines:
         if bad * 2 > total:
             raise UserError(
                 f"{path}: {bad} of {total} lines are bad, more than half ({self.summary()}). "
-                f"Is the file in this reader's format? The bad lines are in {self.quarantine}"
+                f"{self._question()} The bad lines are in {self.quarantine}"
             )
+
+    def _question(self) -> str:
+        if any("not UTF-8" in reason for reason in self.by_reason):
+            return "Save the file as UTF-8, or convert it (iconv -f WINDOWS-1252 -t UTF-8, if it is from Windows)."
+        return "Is the file in this reader's format?"
 
     def summary(self) -> str:
         """Return the most frequent reasons with their counts."""
@@ -133,7 +138,7 @@ class BadLines:
 
 def _without_details(reason: str) -> str:
     """Replace quoted values, numbers and parentheses, which differ from line to line, by dots."""
-    return re.sub(r"'.*'|\".*\"|\(.*\)|[0-9]+", "...", reason, flags=re.DOTALL)
+    return re.sub(r"'.*'|\".*\"|\(.*\)|(?<!UTF-)[0-9]+", "...", reason, flags=re.DOTALL)
 
 
 class Record(dict[str, Any]):

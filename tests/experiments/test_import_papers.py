@@ -96,7 +96,7 @@ def test_counts_of_the_import_are_those_of_the_papers_that_were_written(world: W
     assert summary["tasks"] == expected
     assert summary["records"] == len(truths) + 1 + world.extra
     assert summary["papers"] == len(truths) - 1
-    left_out = {"papers with the id of an earlier one": 1, "papers without title and abstract": 1}
+    left_out = {"papers with the id of an earlier one, but another title": 1, "papers without title and abstract": 1}
     if world.extra:
         left_out["not papers (notes, attachments, unknown ids)"] = world.extra
     assert summary["left_out"] == left_out
@@ -155,7 +155,7 @@ def test_reader_of_the_file_gives_the_collections_of_the_import(world: World, tm
         if (tmp_path / "out" / kind).exists():
             collection = BeirReader(str(tmp_path / "out" / kind)).read()
             assert PapersReader(str(tmp_path / world.file), view).read() == collection
-    assert "left out: papers with the id of an earlier one: 1" in caplog.text
+    assert "left out: papers with the id of an earlier one, but another title: 1" in caplog.text
 
 
 def test_papers_file_can_be_imported_again(tmp_path):
@@ -199,6 +199,36 @@ def test_files_may_be_several_arguments(tmp_path, monkeypatch):
     for old, new in zip(names, short, strict=True):
         Path(old).rename(new)
     assert imported(",".join(short), Path("joined"))["papers"] == 12
+
+
+def test_paper_of_two_databases_is_one_paper(tmp_path):
+    """It was two, one of which could be in the train split, and the other one in the test split."""
+    export = [
+        {"id": "a", "title": "On <i>cells</i>", "doi": "10.1234/X", "keywords": ["x"], "references": ["w"]},
+        {"id": "w", "title": "Proceedings: one", "abstract": "First.", "doi": "10.1234/volume"},
+        {"id": "v", "title": "Proceedings: two", "abstract": "Second.", "doi": "10.1234/volume"},
+    ]
+    other = [
+        {"id": "b", "title": "On Cells.", "abstract": "Text.", "year": 2001, "doi": "https://doi.org/10.1234/x"},
+        {"id": "c", "title": "Citing", "abstract": "It cites.", "references": ["b"]},
+        {"id": "w", "title": "Another paper", "abstract": "With the same key."},
+    ]
+    other[0] |= {"keywords": ["y"], "references": ["c"]}
+    for name, records in (("1.json", export), ("2.json", other)):
+        (tmp_path / name).write_text(json.dumps(records))
+    summary = imported(tmp_path / "1.json", tmp_path / "out", str(tmp_path / "2.json"))
+    assert summary["left_out"] == {
+        "papers with DOI and title of an earlier one (joined with it)": 1,
+        "papers with the id of an earlier one, but another title": 1,
+    }
+    lines = (tmp_path / "out" / "papers.jsonl").read_text().splitlines()
+    by_id = {paper["id"]: paper for paper in map(json.loads, lines)}
+    assert list(by_id) == ["a", "w", "v", "c"]
+    assert (by_id["a"]["abstract"], by_id["a"]["year"], by_id["a"]["keywords"]) == ("Text.", 2001, ["x", "y"])
+    assert sorted(by_id["a"]["references"]) == ["c", "w"]
+    links = {(paper["id"], cited) for paper in by_id.values() for cited in paper["references"]}
+    assert links == {("a", "w"), ("a", "c"), ("c", "b")}
+    assert summary["tasks"]["link_prediction"]["pairs"] == {"train": 3}
 
 
 def test_folder_can_be_imported_twice(tmp_path, monkeypatch):

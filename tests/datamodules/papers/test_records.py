@@ -259,6 +259,13 @@ def test_wrong_table_raises_user_error(tmp_path, content, message):
     assert message in error(tmp_path / "a.csv", content)
 
 
+def test_file_of_windows_says_how_to_convert_it(tmp_path):
+    """The error asked whether the format was right, and named the reason as 'not UTF-... ...'."""
+    with pytest.raises(UserError) as caught:
+        read(tmp_path / "a.csv", "title,abstract\nMüller,b\n".encode("cp1252"), policy="skip")
+    assert "(1 x title is not UTF-8 ...). Save the file as UTF-8, or convert it (iconv" in str(caught.value)
+
+
 def test_first_line_of_a_csv_file_for_excel_names_the_separator(tmp_path):
     """The line was the header, and all rows were bad."""
     for line in ("sep=;", '"sep=;"'):
