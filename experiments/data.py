@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -213,7 +214,7 @@ def _report(root: Path, recipe: Recipe, outputs: Sequence[Output]) -> None:
         if text := _verdict(output.spec, stamp):
             log.info("%s: %s", output.folder.name, text)
     if recipe.then:
-        log.info("Next: %s", recipe.then.replace("ROOT", str(root)))
+        log.info("Next: %s", recipe.then.replace("ROOT", shlex.quote(str(root))))
 
 
 def _published(counted: int, expected: int | None) -> str:

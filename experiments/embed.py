@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -112,7 +113,8 @@ class EmbeddingJob:
         for task in tasks:
             path = options.output if self.one_file else options.output / f"{task}.npy"
             log.info("%s: %s vectors", path, f"{shards.merge(task, num_shards, path, source):,}")
-        log.info("Next: make find embeddings=%s task=%s query='...'", options.output, next(iter(tasks)))
+        output = shlex.quote(str(options.output))
+        log.info("Next: make find embeddings=%s task=%s query='...'", output, next(iter(tasks)))
 
     def _load(self) -> tuple[Encoder, dict[str, str], str]:
         """Return the encoder, a dict from output task to encoder task, and the similarity."""

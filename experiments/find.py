@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from datamodules.options import option
+from datamodules.readers.io import find_optional_file
 from datamodules.readers.rows import BadLines
 from datamodules.readers.texts import documents_at, read_shards, text_files
 from datamodules.records import Document, UserError
@@ -44,7 +45,9 @@ class FindOptions(EncodingOptions):
     task: str = option("", "task whose vectors to search, if the folder has several tasks")
     nprobe: int = option(0, "number of index lists to search; 0 uses the number chosen by `make index`", minimum=0)
     query: str = option("", "text to search for")
-    queries: Path | None = option(None, "file with queries, instead of query; each line has an id and a text")
+    queries: Path | None = option(
+        None, "file (or folder in BEIR layout) with queries, each with an id and a text; instead of query"
+    )
     output: Path | None = option(None, "file for the rankings, in TREC format; required by queries=")
     k: int = option(10, "number of papers per query", minimum=1)
 
@@ -121,7 +124,7 @@ def _matrix_of(metadata: dict[str, Any]) -> Matrix | None:
 
 
 def _read_queries(source: Path) -> list[Document]:
-    files = text_files(source)
+    files = text_files(find_optional_file(source, "queries.jsonl") or source)  # in BEIR layout, a folder has both
     with BadLines() as bad_lines:
         queries = [query for _, shard in read_shards(files, 2**16, range(2**31), bad_lines) for query in shard]
     if not queries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ def _show(recalls: list[dict[str, float]], nprobe: int, options: IndexOptions, o
         table.add(f"{line['nprobe'] or '-'}{chosen}", *(line[name] for name in columns[1:]))
     print_table(table)
     log.info("recall: share of the ten nearest papers found; reranked: recall after exact scoring of more candidates")
-    log.info("%s: %.1f MB. Next: make find index=%s query='...'", output, output.stat().st_size / 1e6, output)
+    size, quoted = output.stat().st_size / 1e6, shlex.quote(str(output))
+    log.info("%s: %.1f MB. Next: make find index=%s query='...'", output, size, quoted)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,8 @@ def _write(config: Config, options: MineOptions, mined: Mapping[str, Mined], met
         return
     path = write_store(options.output, {task: result.negatives for task, result in mined.items()}, meta).path
     write_report(path, reports, f"hard negatives {origin}")
-    log.info("Hard negatives: %s. Next: make train EXP=%s mining.store=%s", path, config.experiment, path)
+    store = shlex.quote(str(path))
+    log.info("Hard negatives: %s. Next: make train EXP=%s mining.store=%s", path, config.experiment, store)
 
 
 def _has_report(output: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,8 @@ def run_all(controller: Controller) -> None:
         raise UserError(f"metric.name: no trial logged {sweep.metric}; the logs of the trials are next to their runs")
     settings = " ".join(starmap(as_override, best["parameters"].items()))
     log.info("The best is trial %d (%s): %s %.4f", best["trial"], settings, sweep.metric, best["value"])
-    log.info("Its run is in %s. Next: make eval model=%s split=dev", near(best["run"]), near(best["run"]))
+    run = near(best["run"])
+    log.info("Its run is in %s. Next: make eval model=%s split=dev", run, shlex.quote(str(run)))
 
 
 def check_data(controller: Controller) -> None:

@@ -83,6 +83,25 @@ def test_find_shows_the_nearest_papers_with_and_without_an_index(corpus, capsys)
         assert title.split()[0] in printed
 
 
+def test_queries_of_a_folder_are_not_its_corpus(corpus):
+    """A folder in BEIR layout ranked its documents, as if they were the queries."""
+    (corpus / "beir").mkdir()
+    (corpus / "beir" / "corpus.jsonl").write_text('{"_id": "d", "text": "a document"}\n')
+    (corpus / "beir" / "queries.jsonl").write_text('{"_id": "q", "text": "a query"}\n')
+    find([f"embeddings={corpus / 'vectors'}", f"queries={corpus / 'beir'}", f"output={corpus / 'run.trec'}"])
+    assert {line.split()[0] for line in (corpus / "run.trec").read_text().splitlines()} == {"q"}
+
+
+def test_printed_commands_quote_paths(corpus, caplog):
+    """They ended at the first space when they were copied."""
+    arguments = [f"model={corpus / 'model'}", "task=search", f"input={corpus / 'papers.jsonl'}"]
+    with caplog.at_level("INFO"):
+        embed([*arguments, f"output={corpus / 'my vectors'}"])
+        index([f"embeddings={corpus / 'my vectors'}", f"output={corpus / 'my index'}", "kind=flat"])
+    assert f"Next: make find embeddings='{corpus / 'my vectors'}' task=search" in caplog.text
+    assert f"Next: make find index='{corpus / 'my index'}' query" in caplog.text
+
+
 def test_rankings_of_many_queries_agree_with_a_loop(corpus):
     lines = [{"id": f"q{i}", "text": text_of(i, 2 * i)} for i in range(5)]
     (corpus / "queries.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
