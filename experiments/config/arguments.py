@@ -8,7 +8,7 @@ import shutil
 import sys
 import textwrap
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -28,13 +28,14 @@ def parse(options: type[T], arguments: Sequence[str]) -> T:
 
     Raises UserError for an unknown key, a missing value, a wrong type, or a value outside its bounds.
     """
-    parsed, rest = parse_known(options, arguments)
-    if rest:
+    _print_help(options, arguments)
+    values, rest = _values(options, arguments)
+    if rest:  # before a required key is missed, which may be the one that was meant
         word, equals, _ = rest[0].partition("=")
         if not equals:
             raise UserError(f"command line: expected key=value, got {word!r}")
         raise UserError(f"command line: {unknown('key', word, option_keys(options))} (or --help)")
-    return parsed
+    return _checked(options, values)
 
 
 def parse_known(options: type[T], arguments: Sequence[str], further: type | None = None) -> tuple[T, list[str]]:
@@ -43,6 +44,12 @@ def parse_known(options: type[T], arguments: Sequence[str], further: type | None
     further: dataclass whose keys the remaining arguments may set, for --help.
     """
     _print_help(options, arguments, further)
+    values, rest = _values(options, arguments)
+    return _checked(options, values), rest
+
+
+def _values(options: type, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the values of the options by name of their field, and the arguments that are not options."""
     hints, values, rest = get_type_hints(options), {}, list(arguments)
     fields = {option_key(field): field for field in dataclasses.fields(options)}
     for field in fields.values():
@@ -60,12 +67,16 @@ def parse_known(options: type[T], arguments: Sequence[str], further: type | None
             values[fields[key].name] = _convert(key, hints[fields[key].name], text)
         else:
             unknown.append(argument)
-    for key, field in fields.items():
+    return values, unknown
+
+
+def _checked(options: type[T], values: Mapping[str, Any]) -> T:
+    for field in dataclasses.fields(options):
         if default_of(field) is REQUIRED and values.get(field.name) in (None, "", ()):
-            raise UserError(f"{key}: required, {field.metadata['help']}")
+            raise UserError(f"{option_key(field)}: required, {field.metadata['help']}")
     parsed = options(**values)
     check_options(parsed)
-    return parsed, unknown
+    return parsed
 
 
 def named_values(key: str, texts: Iterable[str], expected: str, optional: bool = False) -> dict[str, str]:

@@ -77,6 +77,11 @@ def test_missing_required_option_raises_user_error():
         parse(Options, [])
 
 
+def test_misspelt_required_key_is_named_before_the_missing_one():
+    with pytest.raises(UserError, match="unknown key 'modle'; did you mean model?"):
+        parse(Options, ["modle=x"])
+
+
 def test_other_keys_are_returned_in_their_order():
     options, rest = parse_known(Options, ["model=m", "optim.lr=1", "count=2", "b"])
     assert (options.count, rest) == (2, ["optim.lr=1", "b"])
