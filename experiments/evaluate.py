@@ -39,7 +39,7 @@ HASHED_OPTIONS = (
     *("backbone", "pooling", "tower", "adapters", "run", "suite", "data.root", "document_model"),
 )
 PATHS = ("model", "document_model", "run", "suite", "data.root", "backbone")
-FOR_BENCHMARKS, FOR_COLLECTIONS = ("max_queries", "max_documents"), ("split", "exclude")
+FOR_BENCHMARKS, FOR_COLLECTIONS = ("max_queries", "max_documents"), ("exclude",)
 
 
 @dataclass(kw_only=True)
@@ -141,7 +141,8 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
     with writable_folder("output", folder):
         tables = _evaluate_all(systems, benchmarks, options, info, folder)
     if rank() == 0:
-        title = f"{options.model}, {','.join(options.benchmarks) or f'{options.split} split'}"
+        of_split = f"{options.split} split" if options.split != "test" or not options.benchmarks else ""
+        title = ", ".join(filter(None, [options.model, ",".join(options.benchmarks), of_split]))
         shown = [*result_tables(tables, info.metrics, title), *cost_tables(tables)]
         print_tables(options.format, shown, result_records(tables))
     log.info("Results and run files are in %s", folder)
@@ -220,7 +221,8 @@ def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequ
     is_run = run is not None and Path(options.model).resolve() == run.resolve()
     names = "" if is_run else "-".join(short_name(model.model) for model in options.models.values())
     if options.benchmarks:
-        parts = [names, "-".join(options.benchmarks).replace("*", ""), options.task]
+        split = "" if options.split == "test" else options.split
+        parts = [names, "-".join(options.benchmarks).replace("*", ""), options.task, split]
     else:
         parts = [names, name_of(options.beir) if options.beir else "", options.task, options.split]
     values, defaults = _as_arguments(options), _as_arguments(EvaluateOptions())

@@ -60,7 +60,11 @@ class BenchmarkOptions(SuiteOptions):
         "task whose expert ranks. Required with beir=. With benchmarks=, replaces each benchmark's own. With neither, "
         "the only task to evaluate",
     )
-    split: str = option("test", "split of beir= or of the run's collections")
+    split: str = option(
+        "test",
+        "split of beir= or of the run's collections. With benchmarks=, a split other than test replaces each "
+        "benchmark's own and changes the protocol, to choose recipes on dev",
+    )
     exclude: Literal["auto", "yes", "no"] = option(
         "auto",
         "leave a query's own id out of its ranking; auto: for tasks of the kind link_prediction, or if all queries are "
@@ -80,6 +84,8 @@ def suite_benchmarks(options: BenchmarkOptions) -> Iterator[Benchmark]:
     Logs which of them lack data, and where to get the data. Raises UserError if one that was named lacks data.
     """
     suite = choose(load_suite([options.suite] if options.suite else ()), options.benchmarks)
+    if options.split != "test":
+        suite = {name: _on_split(name, config, options.split) for name, config in suite.items()}
     collections = CollectionReader(options.data_root)
     missing = {name: reason for name, config in suite.items() if (reason := collections.missing(config))}
     if named := next((name for name in missing if name in options.benchmarks), None):
@@ -97,6 +103,14 @@ def suite_benchmarks(options: BenchmarkOptions) -> Iterator[Benchmark]:
         if options.similarity and benchmark.similarity:
             benchmark = replace(benchmark, similarity="", protocol=f"{benchmark.protocol}/similarity-of-the-command")
         yield replace(benchmark, task=options.task) if options.task else benchmark
+
+
+def _on_split(name: str, config: BenchmarkConfig, split: str) -> BenchmarkConfig:
+    """Return the benchmark with the queries of another split. Raises UserError if its linear model learns from them."""
+    split = SPLIT_NAMES.get(split, split)
+    if split in config.train_on:
+        raise UserError(f"split: got {split}, but the linear model of {name} learns from it")
+    return replace(config, splits=[split], protocol=f"{config.protocol}/split-{split}")
 
 
 def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> list[Benchmark]:

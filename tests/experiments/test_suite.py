@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import pytrec_eval
 import torch
 
-from datamodules.readers.beir import write_beir
+from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import UserError
 from experiments.build.benchmarks import BenchmarkOptions, CollectionReader, build_benchmark, collection_benchmarks
 from experiments.build.models import System
@@ -284,6 +285,28 @@ def test_benchmarks_of_your_own_with_limits(root, tmp_path):
     assert (result["documents"], result["protocol"]) == (3, "mine/test/3-documents")
     with pytest.raises(UserError, match=r"benchmarks: unknown 'mines'; did you mean mine\?"):
         main([*arguments, "benchmarks=mines"])
+
+
+def test_another_split_replaces_that_of_the_benchmarks_and_changes_the_protocol(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    probed = PROBE.format("").replace("mine", "probed").removeprefix("\nbenchmarks:\n")
+    Path("suite.yaml").write_text(f"benchmarks:\n  mine:{GOOD}{probed}")
+    arguments = ["model=bm25", "suite=suite.yaml", f"data.root={root}", "benchmarks=mine"]
+    collection = BeirReader(str(root / "beir" / "scifact")).read()
+    for split in ("train", "test"):
+        main([*arguments, f"split={split}"])
+    folders = {path.parent.name.rsplit("-", 1)[0]: path for path in Path("evaluations").glob("*/results.json")}
+    results = {name: json.loads(path.read_text())["benchmarks"]["mine"] for name, path in folders.items()}
+    expected = {"bm25-mine-train": ("train", "mine/test/split-train"), "bm25-mine": ("test", "mine/test")}
+    assert {name: (each["split"], each["protocol"]) for name, each in results.items()} == expected
+    for split, _ in expected.values():
+        (result,) = (each for each in results.values() if each["split"] == split)
+        assert result["queries"] == len(collection.qrels[split])
+    assert "train split" in capsys.readouterr().out
+    with pytest.raises(UserError, match="mine: .*the data have no 'other'; expected some of"):
+        main([*arguments, "split=other"])
+    with pytest.raises(UserError, match="split: got train, but the linear model of probed learns from it"):
+        main([*arguments, "benchmarks=probed", "split=train"])
 
 
 def test_results_of_other_data_are_not_combined():
