@@ -38,7 +38,7 @@ from lightning_modules.encoders.sentence_files import check_prompt, lower_cased,
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.encoders.text_features import TextFeatures
 from lightning_modules.losses import SIMILARITIES
-from lightning_modules.parts import without_expert
+from lightning_modules.parts import expert_in, without_expert
 
 log = logging.getLogger(__name__)
 
@@ -328,11 +328,15 @@ def continue_from(source: Encoder, target: Encoder, name: str) -> None:
 
     From a SharedEncoder, each expert and instruction encoder starts as a copy of the shared weights; gates and adapters
     keep their initial values. A CrossStitchEncoder may also start from an MoEEncoder. Any other source must have the
-    architecture of the target.
+    architecture of the target; it may have more experts, which are left out.
 
-    name: name of the source, for error messages.
+    name: name of the source, for messages.
     """
     weights = weights_for(source, target)
+    source_experts, experts = ({expert_in(key) for key in keys} for keys in (weights, target.state_dict()))
+    if experts > {None} and (left_out := source_experts - experts):
+        log.info("%s has experts that no task of this run uses; left out: %s", name, ", ".join(sorted(map(str, left_out))))
+        weights = {key: tensor for key, tensor in weights.items() if expert_in(key) not in left_out}
     if isinstance(source, SharedEncoder):
         weights = {k: v for k, v in target.state_dict().items() if not dense_key(k).startswith("backbone.")} | weights
     load_weights(target, weights, name)

@@ -39,6 +39,21 @@ def test_experts_continue_from_the_same_architecture(make_encoder):
     assert torch.equal(vectors(target), vectors(source))
 
 
+@pytest.mark.parametrize("kind", ["attention", "both"])
+def test_experts_that_no_task_uses_are_left_out(make_encoder, kind, caplog):
+    source, target = scrambled(make_encoder(kind)), make_encoder(kind, tasks={"search": "search"}, seed=1)
+    with caplog.at_level("INFO"):
+        continue_from(source, target, "source")
+    assert torch.equal(target.encode(["bara beli"], "search"), source.encode(["bara beli"], "search"))
+    assert "left out: classification, link_prediction" in caplog.text
+
+
+def test_continuing_with_other_experts_names_those_that_are_missing(make_encoder):
+    target = make_encoder("attention", tasks={"other": "other"})
+    with pytest.raises(UserError, match="source: the weights do not fit this MoEEncoder: .*missing .*experts.other"):
+        continue_from(make_encoder("attention"), target, "source")
+
+
 def test_continuing_from_another_architecture_raises_user_error(make_encoder):
     with pytest.raises(UserError, match="source: the weights do not fit this MoEEncoder: .* missing"):
         continue_from(make_encoder("attention"), make_encoder("ffn"), "source")
