@@ -335,7 +335,8 @@ def continue_from(source: Encoder, target: Encoder, name: str) -> None:
     weights = weights_for(source, target)
     source_experts, experts = ({expert_in(key) for key in keys} for keys in (weights, target.state_dict()))
     if experts > {None} and (left_out := source_experts - experts):
-        log.info("%s has experts that no task of this run uses; left out: %s", name, ", ".join(sorted(map(str, left_out))))
+        names = ", ".join(sorted(map(str, left_out)))
+        log.info("%s has experts that no task of this run uses; left out: %s", name, names)
         weights = {key: tensor for key, tensor in weights.items() if expert_in(key) not in left_out}
     if isinstance(source, SharedEncoder):
         weights = {k: v for k, v in target.state_dict().items() if not dense_key(k).startswith("backbone.")} | weights
