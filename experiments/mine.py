@@ -25,7 +25,7 @@ from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point
 from experiments.shared.output import writable_folder
 from lightning_modules.distributed.collectives import from_first_rank, rank
-from lightning_modules.mining.mine import Mining
+from lightning_modules.mining.mine import Mining, without_negatives
 from lightning_modules.mining.mined import Mined, unrated
 from lightning_modules.mining.report import check_false_negatives, read_values, reports_of, table, write_report
 from lightning_modules.retrieval.compute import resolve_device
@@ -148,7 +148,12 @@ def _is_done(output: Path, meta: dict[str, Any]) -> bool:
 
 
 def _write(config: Config, options: MineOptions, mined: Mapping[str, Mined], meta: dict[str, Any], origin: str) -> None:
-    """Write the store and its report on the first rank. origin: where the negatives come from, for the title."""
+    """Write the store and its report on the first rank. origin: where the negatives come from, for the title.
+
+    Raises UserError if a task has no negatives, or too many that look like positives.
+    """
+    for problem in without_negatives(mined):
+        raise UserError(problem)
     reports = reports_of(mined, step=0)
     for line in table(reports):
         log.info("%s", line)

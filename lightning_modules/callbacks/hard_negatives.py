@@ -16,7 +16,7 @@ from lightning_modules.distributed.collectives import from_first_rank
 from lightning_modules.distributed.sharding import replica
 from lightning_modules.distributed.signals import Preempted
 from lightning_modules.loggers import log_histograms, log_picture
-from lightning_modules.mining.mine import Mining
+from lightning_modules.mining.mine import Mining, without_negatives
 from lightning_modules.mining.report import (
     check_false_negatives,
     histograms,
@@ -93,6 +93,8 @@ class HardNegativeMining(L.Callback):
         self._pools = self._pools or data.pools()
         previous = data.rounds.at(step * trainer.accumulate_grad_batches)
         mined = self.mining.run(cache, self._pools, step, documents)
+        for problem in without_negatives(mined):  # early in training, all candidates may score above the positives
+            log.warning("%s. Until the next mining, the task uses the hard negatives of the data", problem)
         reports = reports_of(mined, step, previous)
         for line in table(reports):
             log.info("%s", line)

@@ -21,7 +21,7 @@ import torch
 
 from datamodules.progress_lines import ProgressLines
 from datamodules.ragged import Ragged
-from datamodules.records import KEEP, LABELS, MinedNegatives, MiningPool, UserError
+from datamodules.records import MinedNegatives, MiningPool, UserError
 from lightning_modules.distributed.collectives import gather_objects, rank, together, world_size
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.mining import filters
@@ -181,7 +181,6 @@ class Mining:
         pools: pools of all tasks.
         step: optimizer step, used as an additional sampling seed.
         document_vectors: as in mine().
-        Raises UserError if a task has no negatives left.
         """
         guide, device = None, vectors.encoder.device if vectors else self.device
         log.info("mining on %s", describe_device(device))
@@ -204,31 +203,32 @@ class Mining:
                     prepared=self._prepared.setdefault((pool.task, pool.name), {}),
                 )
                 mined.setdefault(pool.task, []).append(result)
-        tasks = {task: joined_pools(results) for task, results in mined.items()}
-        for task, result in tasks.items():
-            if not len(result.negatives.documents):
-                counts = ", ".join(f"{name} {count}" for name, count in result.negatives.removed.items() if count)
-                raise UserError(
-                    f"{task}: no hard negatives are left. Candidates removed by each filter: "
-                    f"{counts or 'none, there were no candidates'}. Raise k for more candidates, or lower "
-                    "relative_margin or first_rank"
-                )
-        return self.relabelled(tasks, pools)
+        return self.relabelled({task: joined_pools(results) for task, results in mined.items()}, pools)
 
     def relabelled(self, tasks: Mapping[str, Mined], pools: Sequence[MiningPool]) -> dict[str, Mined]:
-        """Let the judges decide on mined negatives. All ranks call this together.
-
-        Raises UserError if a judge leaves a task without negatives.
-        """
+        """Let the judges decide on mined negatives. All ranks call this together."""
         results, context = dict(tasks), JudgeContext(pools, self.folder, self.device)
         for task, judge in self.judges.items():
-            if task not in tasks:
-                continue
-            negatives, relabelled = relabel(tasks[task].negatives, judge, task, context)
-            results[task] = dataclasses.replace(tasks[task], negatives=negatives, relabelled=relabelled)
-            if not relabelled.counts[LABELS[KEEP]]:
-                raise UserError(f"{task}: the judge leaves no negatives; raise drop_above and positive_above")
+            if task in tasks and len(tasks[task].negatives.documents):
+                negatives, relabelled = relabel(tasks[task].negatives, judge, task, context)
+                results[task] = dataclasses.replace(tasks[task], negatives=negatives, relabelled=relabelled)
         return results
+
+
+def without_negatives(mined: Mapping[str, Mined]) -> Iterator[str]:
+    """Yield a message about each task for which no hard negatives are left."""
+    for task, result in mined.items():
+        if len(result.kept().negatives.documents):
+            continue
+        if result.relabelled:
+            yield f"{task}: the judge leaves no negatives; raise drop_above and positive_above"
+            continue
+        counts = ", ".join(f"{name} {count}" for name, count in result.negatives.removed.items() if count)
+        yield (
+            f"{task}: no hard negatives are left. Candidates removed by each filter: "
+            f"{counts or 'none, there were no candidates'}. Raise k for more candidates, or lower relative_margin or "
+            "first_rank"
+        )
 
 
 @dataclass

@@ -64,14 +64,14 @@ def report(mined: Mined, step: int, previous: MinedNegatives | None = None, prev
     negatives = mined.negatives
     counts, total = np.diff(negatives.starts), len(negatives.documents)
     above = np.nan_to_num(mined.margins, nan=np.inf) < 0
-    values = {
-        "negatives": total / len(negatives),
-        "without": float((counts == 0).mean()),
-        "false_negative_rate": float((above | mined.held_out).mean()),
-        "revealed": float(mined.held_out.mean()),
-        "duplicates": 1 - len(_pairs(negatives.starts, mined.texts)) / total,
-        "distinct": len(np.unique(negatives.documents)) / total,
-    }
+    values = {"negatives": total / len(negatives), "without": float((counts == 0).mean())}
+    if total:
+        values |= {
+            "false_negative_rate": float((above | mined.held_out).mean()),
+            "revealed": float(mined.held_out.mean()),
+            "duplicates": 1 - len(_pairs(negatives.starts, mined.texts)) / total,
+            "distinct": len(np.unique(negatives.documents)) / total,
+        }
     margins = mined.margins[np.isfinite(mined.margins)]
     histogram = (np.zeros(0, dtype=np.int64), np.zeros(0))
     if len(margins):
@@ -82,7 +82,7 @@ def report(mined: Mined, step: int, previous: MinedNegatives | None = None, prev
     if mined.relabelled is not None:
         decisions = mined.relabelled.counts
         values["dropped"], values["turned"] = (decisions[x] / sum(decisions.values()) for x in ("drop", "positive"))
-    if previous is not None:
+    if previous is not None and total:
         before = _pairs(previous.starts, np.asarray(previous.documents))
         now = _pairs(all_mined.starts, all_mined.documents)
         values |= {"age": float(step - previous_step), "kept": float(np.isin(now, before).mean())}
@@ -103,7 +103,7 @@ def _pairs(starts: np.ndarray, values: np.ndarray) -> np.ndarray:
 def check_false_negatives(reports: Mapping[str, Mapping[str, float]], stop_at: float | None) -> None:
     """Raise UserError if a task's false_negative_rate is above stop_at. reports: task -> values of its report."""
     for task, values in reports.items():
-        rate = values["false_negative_rate"]
+        rate = values.get("false_negative_rate", 0.0)
         if stop_at is not None and rate > stop_at:
             raise UserError(
                 f"{task}: {rate:.1%} of the mined hard negatives look like positives, more than stop_at, "
@@ -191,6 +191,8 @@ def svg(reports: Mapping[str, TaskReport], title: str) -> str:
 
 
 def _histogram(task_report: TaskReport, task: str, top: float) -> list[str]:
+    if not task_report.values["negatives"]:
+        return [text(10, top + 12, f"{task}: no negatives are left")]
     rate = task_report.values["false_negative_rate"]
     counts, edges = task_report.histogram
     title = f"{task}: score of the positive minus the negative's (look like positives: {rate:.1%})"

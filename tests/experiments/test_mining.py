@@ -23,7 +23,7 @@ from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.retrieval.vector_cache import VectorCache
 from tests import forked
-from tests.experiments.test_train import TINY, command, rows
+from tests.experiments.test_train import TINY, batches, command, rows
 
 SMALL = [*TINY, "trainer.log_every_n_steps=1", "evaluation.every_n_steps=0", "evaluation.baselines=false"]
 MINED = ["mining.every_n_steps=2", "mining.relative_margin=null", "mining.use=mined", "mining.k=40"]
@@ -302,6 +302,23 @@ def test_training_stops_if_negatives_look_like_positives(tmp_path):
         with pytest.raises(UserError, match="of the mined hard negatives look like positives"):
             train("moe_mined", [f"run.dir={tmp_path}", *SMALL, *MINED, "mining.stop_at=0.2", *short])
     assert (tmp_path / "negatives" / "step-00000002" / "report.svg").is_file()
+
+
+@pytest.mark.slow
+def test_training_goes_on_with_the_negatives_of_the_data_if_mining_finds_none(run, tmp_path, caplog):
+    """make mine, which would write an empty store, fails."""
+    none = ["mining.absolute_margin=3", *MINED]
+    train("moe_mined", [f"run.dir={tmp_path / 'run'}", *SMALL, *none, "mining.first_step=0", "trainer.max_steps=3"])
+    for task in ("classification", "link_prediction", "search"):
+        assert f"{task}: no hard negatives are left. Candidates removed by each filter: " in caplog.text
+    assert caplog.text.count("Until the next mining, the task uses the hard negatives of the data") == 6
+    store = HardNegativeStore(tmp_path / "run" / "negatives" / "step-00000002")
+    assert {len(mined.documents) for mined in store.tasks.values()} == {0}
+    train("moe", [f"run.dir={tmp_path / 'plain'}", *SMALL, "trainer.max_steps=3"])
+    assert batches(tmp_path / "run") == batches(tmp_path / "plain")
+    with pytest.raises(UserError, match="no hard negatives are left"):
+        mine(["moe", *SMALL, *none[:1], f"model={run}", "mining.relative_margin=null", f"output={tmp_path / 'store'}"])
+    assert not (tmp_path / "store").exists()
 
 
 def test_tasks_can_have_their_own_miners_and_mine_without_a_model(tmp_path):

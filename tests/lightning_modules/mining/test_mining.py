@@ -13,7 +13,7 @@ from datamodules.records import Collection, Document, MinedNegatives, UserError
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from lightning_modules.loggers import JsonlLogger, log_histograms
 from lightning_modules.mining import mine as mine_module
-from lightning_modules.mining.mine import Mined, Mining, MiningOptions, mine, text_numbers
+from lightning_modules.mining.mine import Mined, Mining, MiningOptions, mine, text_numbers, without_negatives
 from lightning_modules.mining.miners import BM25Miner, DenseMiner, RandomMiner
 from lightning_modules.mining.report import FIGURES, check_false_negatives, histograms, metrics, report, svg, table
 from lightning_modules.retrieval.search import Shards
@@ -156,13 +156,18 @@ def test_small_corpora_are_ranked_completely_unless_first_rank_is_beyond_them(
 def test_a_task_without_negatives_reports_what_each_filter_removed(make_task, make_encoder, tmp_path):
     pools = make_task(SearchDataModule).pools()
     mining = mining_of(tmp_path, first_rank=2, absolute_margin=5.0)
-    with pytest.raises(UserError) as error:
-        mining.run(mining.cache(make_encoder("shared")), pools)
-    message = str(error.value)
+    mined = mining.run(mining.cache(make_encoder("shared")), pools)
+    (message,) = without_negatives(mined)
     start = "search: no hard negatives are left. Candidates removed by each filter: known positives 24, first ranks "
     assert message.startswith(start)
     counts = [int(word.strip(".,")) for word in message.split("Raise k")[0].split() if word.strip(".,").isdecimal()]
     assert sum(counts) == 12 * 10
+    task_report = report(mined["search"], 0, mined["search"].negatives)
+    assert task_report.values == {"negatives": 0.0, "without": 1.0}
+    assert not histograms({"search": task_report})
+    assert "search: no negatives are left" in svg({"search": task_report}, "none")
+    check_false_negatives({"search": task_report.values}, 0.0)
+    assert not list(without_negatives(mining_of(tmp_path, BM25Miner()).run(None, pools)))
 
 
 def test_a_miner_or_margin_that_needs_an_encoder_raises_without_one(make_task, tmp_path):

@@ -12,11 +12,11 @@ from datamodules.records import DROP, KEEP, POSITIVE, Collection, Document, User
 from datamodules.tasks import SearchDataModule
 from lightning_modules.encoders.pretrained import save_encoder
 from lightning_modules.mining.cross_encoder import CrossEncoderJudge, PairTable
-from lightning_modules.mining.mine import Mining, MiningOptions
+from lightning_modules.mining.mine import Mining, MiningOptions, without_negatives
 from lightning_modules.mining.mined import unrated
 from lightning_modules.mining.miners import RandomMiner
 from lightning_modules.mining.relabel import FileJudge, GuideJudge, Pairs
-from lightning_modules.mining.report import reports_of, table, write_report
+from lightning_modules.mining.report import report, reports_of, table, write_report
 from tests.conftest import WORDS, toy_collection
 
 TOPICS, WORDS_PER_TOPIC = 3, 4
@@ -221,9 +221,12 @@ def test_invalid_settings_raise_user_error(tmp_path):
         CrossEncoderJudge("any", folds=1)
 
 
-def test_judge_that_leaves_no_negatives_raises_user_error(data, guide, tmp_path):
-    with pytest.raises(UserError, match="search: the judge leaves no negatives; raise drop_above"):
-        mining_with(GuideJudge(guide, -3), tmp_path).run(None, data.pools())
+def test_a_judge_that_leaves_no_negatives_is_named(data, guide, tmp_path):
+    mined = mining_with(GuideJudge(guide, -3), tmp_path).run(None, data.pools())
+    assert list(without_negatives(mined)) == [
+        "search: the judge leaves no negatives; raise drop_above and positive_above"
+    ]
+    assert report(mined["search"], 0).values == {"negatives": 0.0, "without": 1.0, "dropped": 1.0, "turned": 0.0}
 
 
 def test_description_covers_model_and_thresholds(guide, make_encoder, tmp_path):
