@@ -218,6 +218,9 @@ def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptio
     losses = _build_losses(config, encoder) if objective is None else None
     objective = objective or config.objective
     check_objective(objective, list(config.task), "objective.", encoder.dimension)
+    if objective.vector_teacher.model == START_TEACHER and start_of(config) is None:
+        log.warning("objective.vector_teacher.model=start has no effect: the weights before training are random")
+        objective = dataclasses.replace(objective, vector_teacher=VectorTeacherOptions())
     check_parts("optim.lr_scale", config.optim.lr_scale, encoder.state_dict())
     if config.optim.expert_decay:
         with prefixed("optim."):

@@ -60,12 +60,13 @@ def test_killed_run_resumes_to_the_same_bits(tmp_path, experiment):
 
 
 @pytest.mark.slow
-def test_spawned_workers_prepare_the_same_training(tmp_path, monkeypatch):
+def test_spawned_workers_prepare_the_same_training(tmp_path, monkeypatch, make_encoder):
     """Also with what else they get: cached data and the vectors of a teacher."""
     spawn = multiprocessing.get_context("spawn")
     monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", spawn)
     settings = ["evaluation.every_n_steps=0", "evaluation.baselines=false", "trainer.max_steps=2"]
-    settings += ["objective.vector_teacher.model=start", f"data.cache={tmp_path}/cache"]
+    teacher = make_encoder("shared").save_pretrained(tmp_path / "teacher")
+    settings += [f"objective.vector_teacher.model={teacher}", f"data.cache={tmp_path}/cache"]
     for workers in (0, 1):
         run = [f"run.dir={tmp_path}/{workers}", f"data.num_workers={workers}"]
         train("consistency", [*run, *TINY, *settings])

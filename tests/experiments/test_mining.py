@@ -305,7 +305,7 @@ def test_training_stops_if_negatives_look_like_positives(tmp_path):
 
 
 @pytest.mark.slow
-def test_training_goes_on_with_the_negatives_of_the_data_if_mining_finds_none(run, tmp_path, caplog):
+def test_training_uses_the_negatives_of_the_data_if_mining_finds_none(run, tmp_path, caplog):
     """make mine, which would write an empty store, fails."""
     none = ["mining.absolute_margin=3", *MINED]
     train("moe_mined", [f"run.dir={tmp_path / 'run'}", *SMALL, *none, "mining.first_step=0", "trainer.max_steps=3"])

@@ -103,7 +103,7 @@ def test_vector_teacher_from_configuration_to_evaluation(plain, tmp_path):
         evaluate([*command, f"document_model={plain}", f"output={tmp_path / 'without'}"])
 
 
-def test_start_is_the_encoder_before_training(plain, tmp_path):
+def test_start_is_the_encoder_before_training(plain, tmp_path, caplog):
     from experiments.build.data import build_data
     from experiments.build.module import build_module
 
@@ -114,6 +114,10 @@ def test_start_is_the_encoder_before_training(plain, tmp_path):
     teacher, encoder = module.objective.vector_teacher.encoder, load_encoder(plain)
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), encoder.parameters(), strict=True))
     assert [module.objective.options.vector_teacher.weight_of(task) for task in config.tasks] == [1, 0, 2]
+    assert "random" not in caplog.text
+    config = load_config("vanilla", [f"run.dir={tmp_path}", *QUICK, *options[1:]])
+    assert build_module(config, build_data(config)).objective.vector_teacher is None
+    assert "model=start has no effect: the weights before training are random" in caplog.text
 
 
 def test_each_task_samples_its_number_of_positives(tmp_path):
