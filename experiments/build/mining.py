@@ -19,7 +19,7 @@ from experiments.config.schema import Config
 from experiments.config.targets import instantiate
 from lightning_modules.callbacks.hard_negatives import HardNegativeMining
 from lightning_modules.encoders.backbone import installed
-from lightning_modules.encoders.loading import load_encoder
+from lightning_modules.encoders.loading import check_serves, load_encoder
 from lightning_modules.mining.mine import Mining
 from lightning_modules.mining.relabel import Judge
 
@@ -55,10 +55,7 @@ def build_mining(config: Config, vectors: Path, device: torch.device) -> Mining:
     if settings.guide:
         tasks, allowed = {task: task for task in config.task}, config.extend.packages
         guide = load_encoder(installed(settings.guide, "mining.guide"), tasks, key="mining.guide", packages=allowed)
-        if missing := [task for task, node in nodes.items() if node and task not in guide.tasks]:
-            raise UserError(
-                f"mining.guide: the model has no task {', '.join(missing)} (it has {', '.join(guide.tasks)})"
-            )
+        check_serves(guide, [task for task, node in nodes.items() if node], "mining.guide")
     return Mining(
         settings,
         {task: instantiate(node, _key(settings.miners, "miner", task)) for task, node in nodes.items() if node},
@@ -74,13 +71,14 @@ def build_mining(config: Config, vectors: Path, device: torch.device) -> Mining:
 
 def _build_judges(config: Config, tasks: Sequence[str]) -> dict[str, Judge]:
     """Return the judge of each mined task that has one. Tasks with the same node share it."""
-    settings, built = config.mining, {}
-    provided = {"tasks": {task: task for task in config.task}, "packages": config.extend.packages}
+    settings, judges = config.mining, {}
     nodes = {task: settings.judges.get(task, settings.judge) for task in tasks}
     for task, node in nodes.items():
-        if node and repr(node) not in built:
-            built[repr(node)] = instantiate(node, _key(settings.judges, "judge", task), **provided)
-    return {task: built[repr(node)] for task, node in nodes.items() if node}
+        if node and task not in judges:
+            judged = [other for other, each in nodes.items() if each == node]
+            provided = {"tasks": dict(zip(judged, judged, strict=True)), "packages": config.extend.packages}
+            judges |= dict.fromkeys(judged, instantiate(node, _key(settings.judges, "judge", task), **provided))
+    return judges
 
 
 def _key(by_task: Mapping[str, Any], kind: str, task: str) -> str:

@@ -32,7 +32,7 @@ from lightning_modules.encoders.backbone import (
 )
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.extend import add_tasks, check_new_tasks, losses_by_task
-from lightning_modules.encoders.loading import continue_from, load_encoder
+from lightning_modules.encoders.loading import check_serves, continue_from, load_encoder
 from lightning_modules.encoders.lora import add_lora
 from lightning_modules.frozen import FrozenEncoder
 from lightning_modules.objective_options import (
@@ -266,7 +266,5 @@ def _load_frozen(
     """Load the guide or a teacher of the objective. Raises UserError if it does not serve all tasks of the run."""
     key, tasks = f"objective.{name}.model", {task: settings.expert for task, settings in config.task.items()}
     encoder = load_encoder(installed(options.model, key), tasks=tasks, key=key, packages=config.extend.packages)
-    missing = [task for task in tasks if task not in encoder.tasks]
-    if missing:
-        raise UserError(f"{key}: has no task {', '.join(missing)} (its tasks are {', '.join(encoder.tasks)})")
+    check_serves(encoder, tasks, key)
     return FrozenEncoder(encoder, getattr(options, "similarity", "cosine"))

@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -171,6 +171,12 @@ def load_encoder(
     if adapters:
         encoder = with_adapters(encoder, adapters)
     return encoder.eval()
+
+
+def check_serves(encoder: Encoder, tasks: Iterable[str], key: str) -> None:
+    """Raise UserError unless an encoder serves all tasks. key: argument that the encoder comes from, for errors."""
+    if missing := [task for task in tasks if task not in encoder.tasks]:
+        raise UserError(f"{key}: has no task {', '.join(missing)} (its tasks are {', '.join(encoder.tasks)})")
 
 
 def is_plain(model: str | Path, key: str = "model") -> bool:

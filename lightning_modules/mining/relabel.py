@@ -21,12 +21,12 @@ import torch
 from datamodules.ragged import Ragged
 from datamodules.records import DROP, KEEP, LABELS, POSITIVE, MinedNegatives, MiningPool, UserError, explained, short
 from lightning_modules.encoders.backbone import installed
-from lightning_modules.encoders.loading import load_encoder
+from lightning_modules.encoders.loading import check_serves, load_encoder
 from lightning_modules.mining.filters import positive_score
 from lightning_modules.retrieval.search import row_scores
 from lightning_modules.retrieval.vector_cache import VectorCache, fingerprint, vectors_of_pool
 
-NUM_EXAMPLES = 5  # of each decision, in a report
+NUM_EXAMPLES = 5  # examples of each decision in a report
 
 
 class Pairs(NamedTuple):
@@ -122,8 +122,7 @@ class GuideJudge(Judge):
         self.model = model
         self._encoder = load_encoder(installed(model), tasks, packages=packages)
         self._fingerprint = fingerprint(self._encoder)
-        if missing := [task for task in tasks or () if task not in self._encoder.tasks]:
-            raise UserError(f"model: has no task {', '.join(missing)} (its tasks are {', '.join(self._encoder.tasks)})")
+        check_serves(self._encoder, tasks or (), "model")
 
     @property
     def fingerprint(self) -> str:

@@ -165,6 +165,16 @@ def test_guide_judges_what_is_mined_during_training(run, tmp_path):
         assert shares[f"mine/{task}/turned"] == 0
 
 
+def test_guide_judge_need_not_serve_tasks_that_it_does_not_judge(tmp_path, make_encoder):
+    guide = make_encoder("shared", tasks={"search": "search"}).save_pretrained(tmp_path / "guide")
+    node = f"{{_target_: lightning_modules.mining.relabel.GuideJudge, model: {guide}}}"
+    config = load_config("moe", [*SMALL, f"mining.judges={{search: {node}}}"])
+    assert list(build_mining(config, tmp_path, "cpu").judges) == ["search"]
+    config = load_config("moe", [*SMALL, f"mining.judges={{search: {node}, classification: {node}}}"])
+    with pytest.raises(UserError, match="model: has no task classification .its tasks are search"):
+        build_mining(config, tmp_path, "cpu")
+
+
 def test_judge_that_cannot_be_built_names_the_key(tmp_path):
     target = "_target_: lightning_modules.mining.relabel.FileJudge"
     for key, node in (("judge", f"{{{target}, path: gone}}"), ("judges", f"{{search: {{{target}, path: gone}}}}")):
