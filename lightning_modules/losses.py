@@ -37,6 +37,11 @@ def comparable(vectors: Tensor, similarity: str = "dot") -> Tensor:
     return F.normalize(vectors, dim=-1) if similarity == "cosine" else vectors
 
 
+def similarities(first: Tensor, second: Tensor, similarity: str) -> Tensor:
+    """Return the similarity of each pair of vectors, (n, m). first: (n, D). second: (m, D)."""
+    return comparable(first, similarity) @ comparable(second, similarity).T
+
+
 # Losses
 
 
@@ -110,17 +115,17 @@ def vector_distance(vectors: Tensor, targets: Tensor, kind: str = "l2") -> Tenso
     return (vectors - targets).square().sum(-1)
 
 
-def mean_over_texts(of_queries: Tensor, of_documents: Tensor, columns: Tensor) -> Tensor:
+def mean_over_texts(query_values: Tensor, document_values: Tensor, columns: Tensor) -> Tensor:
     """Return the mean over queries of the mean value of a query and its own documents, a scalar.
 
     So every query counts once, and a document that several queries share counts for each: on several ranks, the mean
     is that of one process.
 
-    of_queries, of_documents: values, (B,) and (M,).
+    query_values: (B,). document_values: (M,).
     columns: the documents of each query, (B, K), padded with -1.
     """
     present = columns >= 0
-    totals = of_queries + (of_documents[columns.clamp(min=0)] * present).sum(1)  # (B,)
+    totals = query_values + (document_values[columns.clamp(min=0)] * present).sum(1)  # (B,)
     return (totals / (1 + present.sum(1))).mean()
 
 

@@ -157,11 +157,11 @@ class Objective(nn.Module):
                 vectors = vectors @ self.projection.T  # (n, G)
             return vector_distance(vectors, target.to(vectors.dtype), self.options.vector_teacher.loss)
 
-        of_queries = distance(vectors[batch.queries], targets.queries)
+        query_distances = distance(vectors[batch.queries], targets.queries)
         if self.options.vector_teacher.asymmetric:
-            return of_queries.mean()
+            return query_distances.mean()
         columns = torch.cat([batch.positives, batch.hard_negatives], dim=1)
-        return mean_over_texts(of_queries, distance(vectors[batch.documents], targets.documents), columns)
+        return mean_over_texts(query_distances, distance(vectors[batch.documents], targets.documents), columns)
 
     def _terms(
         self, directions: Sequence[Direction], temperature: float | Tensor, prefix: int | None = None
@@ -331,12 +331,12 @@ def _distillation(direction: Direction, options: TeacherOptions, scores: Tensor,
     if options.candidates == "batch":
         teacher_scores, candidates = direction.teacher.block(rows), logits > -math.inf
     else:
-        own = torch.cat([positives, direction.hard_negatives[rows]], dim=1)  # (r, P + N)
-        columns = own.clamp(min=0)
+        padded = torch.cat([positives, direction.hard_negatives[rows]], dim=1)  # (r, P + N)
+        columns = padded.clamp(min=0)
         scores, logits = scores.gather(1, columns), logits.gather(1, columns)
-        candidates = (own >= 0) & (logits > -math.inf)
+        candidates = (padded >= 0) & (logits > -math.inf)
         teacher_scores = direction.teacher.of_columns(rows, columns)
-        positives = torch.where(positives < 0, positives, torch.arange(positives.shape[1], device=own.device))
+        positives = torch.where(positives < 0, positives, torch.arange(positives.shape[1], device=padded.device))
     teacher_scores = teacher_scores.to(scores.dtype)
     if options.loss == "kl":
         return kl_divergence(logits, teacher_scores / options.temperature, candidates)

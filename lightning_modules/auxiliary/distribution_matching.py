@@ -41,7 +41,7 @@ from datamodules.tasks import ClassificationDataModule
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 from lightning_modules.auxiliary.pairs import documents_of_batch, queries_of_batch
 from lightning_modules.distributed.collectives import gather_documents
-from lightning_modules.losses import comparable, duplicate_mask, mean_of_columns
+from lightning_modules.losses import duplicate_mask, mean_of_columns, similarities
 from lightning_modules.objective_options import ObjectiveOptions
 
 log = logging.getLogger(__name__)
@@ -171,8 +171,8 @@ class DistributionMatching(AuxiliaryLoss):
         weights = relation_of(papers, self.relation_name, self.smoothing)
         related = most_related(weights, RELATED)
         count = len(papers.source)
-        own = Ragged.of(np.arange(count)[:, None])
-        self.source_labels = LabelSample(papers.source.rows, self.max_labels, papers.known, own)
+        identity = Ragged.of(np.arange(count)[:, None])
+        self.source_labels = LabelSample(papers.source.rows, self.max_labels, papers.known, identity)
         self.target_labels = LabelSample(papers.target.rows, self.max_labels, papers.known, related)
         tables = {
             "relation": distributions(weights),
@@ -231,9 +231,9 @@ class DistributionMatching(AuxiliaryLoss):
         known = self.lists[ids]  # (M, k)
         predicted = self._softmax(documents_as_target, labels.vectors, self.target_task, labels.copies)
         predicted = predicted @ self._related(labels, labels)
-        of_documents = torch.where(known[:, :1] >= 0, self._annotated(known, labels), predicted)  # (M, n)
+        q_of_documents = torch.where(known[:, :1] >= 0, self._annotated(known, labels), predicted)  # (M, n)
         masked = duplicate_mask(ids) | (ids == rows[:, None])  # a query that is a document does not find itself
-        return self._softmax(queries, documents, self.source_task, masked) @ of_documents
+        return self._softmax(queries, documents, self.source_task, masked) @ q_of_documents
 
     def _annotated(self, known: Tensor, labels: Labels, hard: bool = False) -> Tensor:
         """Return q of papers with known labels, (p, n). known: labels of each paper, (p, k).
@@ -263,9 +263,7 @@ class DistributionMatching(AuxiliaryLoss):
 
         masked: which of the second have probability 0. Not -inf, because 0 times its logarithm would be NaN.
         """
-        similarity = self.objective.similarity
-        scores = comparable(first, similarity) @ comparable(second, similarity).T
-        scores = scores / self.objective.temperature_of(task)
+        scores = similarities(first, second, self.objective.similarity) / self.objective.temperature_of(task)
         return scores.masked_fill(masked, torch.finfo(scores.dtype).min)
 
 

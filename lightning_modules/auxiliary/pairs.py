@@ -16,7 +16,7 @@ from torch import Tensor
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from lightning_modules.distributed.collectives import gather_documents, gather_rows
-from lightning_modules.losses import comparable, membership_mask, other_copies
+from lightning_modules.losses import membership_mask, other_copies, similarities
 from lightning_modules.objective import text_keys_of_queries
 
 
@@ -65,14 +65,12 @@ def in_batch_pairs(batch: ContrastiveBatch, vectors: Tensor, similarity: str) ->
     if batch.text_keys is not None:
         keys, document_keys = text_keys_of_queries(batch), gather_rows(batch.text_keys[batch.documents])
         unknown = unknown | (membership_mask(keys, document_keys) & ~positive)
-    scores = comparable(queries, similarity) @ comparable(documents, similarity).T
-    return Pairs(scores, positive, ~unknown, query_rows, ids)
+    return Pairs(similarities(queries, documents, similarity), positive, ~unknown, query_rows, ids)
 
 
 def fixed_scores(queries: Tensor, documents: Tensor, similarity: str) -> Tensor:
     """Return the scores (B, M) of a batch's queries (B, D) and documents (m, D) by vectors without gradients."""
-    documents = gather_rows(documents.detach())
-    return comparable(queries.detach(), similarity) @ comparable(documents, similarity).T
+    return similarities(queries.detach(), gather_rows(documents.detach()), similarity)
 
 
 def sum_over_pairs(values: Tensor, chosen: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from lightning_modules.encoders.cross_stitch import CrossStitchEncoder
 from lightning_modules.encoders.loading import without_lora
 from lightning_modules.loggers import log_picture
 from lightning_modules.loss_weights import loss_scaler
-from lightning_modules.losses import comparable
+from lightning_modules.losses import similarities
 from lightning_modules.objective import Supervision
 from lightning_modules.pictures import write_expert_picture
 from lightning_modules.retrieval.compute import evaluating
@@ -170,12 +170,11 @@ def negative_figures(
     direction, *_ = objective.directions(vectors, batch, supervision)
     with torch.autocast(module.device.type, enabled=False):
         masked, positives = masked_and_positive(direction)  # (B, M)
-        queries = comparable(direction.queries, objective.options.similarity)
-        documents = comparable(direction.candidates, objective.options.similarity)
+        scores = similarities(direction.queries, direction.candidates, objective.options.similarity)
         mean_cosine, first_share = anisotropy(vectors)
         return {
             "masked_share": masked_share(positives, masked),
-            "effective_negatives": effective_negatives(queries @ documents.T / temperature, positives | masked),
+            "effective_negatives": effective_negatives(scores / temperature, positives | masked),
             "mean_cosine": mean_cosine,
             "first_share": first_share,
         }
