@@ -175,32 +175,30 @@ def check_objective(
 
 def _check_temperature(options: ObjectiveOptions, tasks: Sequence[str], prefix: str) -> None:
     key, temperature, bounds = f"{prefix}temperature", options.temperature, options.temperature_range
-    values = _values_by_key(key, temperature, tasks)
+    values = _numbers_by_key(key, temperature, tasks, minimum=1e-6)
     if isinstance(temperature, Mapping) and options.learn_temperature == "one":
         raise UserError(f"{prefix}learn_temperature: expected per_task with a temperature per task, got one")
     if len(bounds) != 2 or not bounds[0] < bounds[1]:
         raise UserError(f"{key}_range: expected a lower and a higher number, got {bounds}")
     for key, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 1e-6 <= value <= 1e6:
-            raise UserError(f"{key}: expected a number of at least 1e-6 and at most 1e6, got {value!r}")
         if options.learn_temperature != "no" and not bounds[0] <= value <= bounds[1]:
             raise UserError(f"{key}: expected a number in {prefix}temperature_range {bounds}, got {value}")
 
 
 def _check_vector_teacher(options: ObjectiveOptions, tasks: Sequence[str], prefix: str) -> None:
     teacher, prefix = options.vector_teacher, f"{prefix}vector_teacher."
-    for key, value in _values_by_key(f"{prefix}weight", teacher.weight, tasks).items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1e6:
-            raise UserError(f"{key}: expected a number of at least 0 and at most 1e6, got {value!r}")
+    _numbers_by_key(f"{prefix}weight", teacher.weight, tasks, minimum=0)
     if teacher.model and teacher.asymmetric and options.similarity != "cosine":
         raise UserError(f"{prefix}asymmetric: needs similarity=cosine, because the teacher's vectors are normalised")
 
 
-def _values_by_key(key: str, value: Any, tasks: Sequence[str]) -> dict[str, Any]:
-    """Return key -> value of a setting that has one value, or one for each task."""
-    if not isinstance(value, Mapping):
-        return {key: value}
-    if set(value) != set(tasks):
+def _numbers_by_key(key: str, value: Any, tasks: Sequence[str], minimum: float) -> dict[str, float]:
+    """Return key -> number of a setting that has one number, or one for each task, after checking them."""
+    if isinstance(value, Mapping) and set(value) != set(tasks):
         names = ", ".join(map(str, value)) or "no task"
         raise UserError(f"{key}: expected a number, or one for each of {', '.join(tasks)}; got one for {names}")
-    return {f"{key}.{task}": number for task, number in value.items()}
+    numbers = {f"{key}.{task}": each for task, each in value.items()} if isinstance(value, Mapping) else {key: value}
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int | float) or not minimum <= number <= 1e6:
+            raise UserError(f"{name}: expected a number of at least {minimum:g} and at most 1e6, got {number!r}")
+    return numbers

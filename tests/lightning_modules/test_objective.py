@@ -315,7 +315,7 @@ def test_temperature_per_task():
         ({"matryoshka": [0]}, "matryoshka: expected a number above 0, got 0"),
         ({"matryoshka": [4, 4]}, r"matryoshka: expected different numbers, got \[4, 4\]"),
         ({"matryoshka": [4], "matryoshka_weights": [1, 2]}, "expected one per entry of matryoshka, got 2"),
-        ({"temperature": "warm"}, "temperature: expected a number of at least 1e-6 and at most 1e6, got 'warm'"),
+        ({"temperature": "warm"}, "temperature: expected a number of at least 1e-06 and at most 1e6, got 'warm'"),
         ({"temperature": {"serach": 1}}, "temperature: expected a number, or one for each of search; got .* serach"),
         (
             {"temperature": 0.2, "learn_temperature": "one", "temperature_range": [0.3, 1]},

@@ -60,7 +60,7 @@ def test_schedule_of_unknown_length_raises_user_error(make_encoder):
     [
         ({"optim": OptimOptions(lr=0)}, "lr: expected a number above 0"),
         ({"optim": OptimOptions(warmup=1.0)}, "warmup: expected a number of at least 0 and below 1, got 1.0"),
-        ({"temperature": 0}, "temperature: expected a number of at least 1e-6 and at most 1e6, got 0"),
+        ({"temperature": 0}, "temperature: expected a number of at least 1e-06 and at most 1e6, got 0"),
         ({"guide": GuideOptions("x")}, "guide.model: 'x' is not loaded here; pass a FrozenEncoder as guide_model"),
         ({"teacher": TeacherOptions("x")}, "teacher.model: 'x' is not loaded here; pass a FrozenEncoder as teacher"),
     ],

@@ -151,15 +151,15 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
         (["moe", "objective.similarity=l2"], ["objective.similarity", "'l2'", "dot", "cosine"]),
         (
             ["moe", "objective.temperature=0"],
-            ["objective.temperature: expected a number of at least 1e-6 and at most 1e6, got 0"],
+            ["objective.temperature: expected a number of at least 1e-06 and at most 1e6, got 0"],
         ),
         (
             ["moe", "objective.temperature=true"],
-            ["objective.temperature: expected a number of at least 1e-6 and at most 1e6, got True"],
+            ["objective.temperature: expected a number of at least 1e-06 and at most 1e6, got True"],
         ),
         (
             ["moe", "objective.temperature=warm"],
-            ["objective.temperature: expected a number of at least 1e-6 and at most 1e6, got 'warm'"],
+            ["objective.temperature: expected a number of at least 1e-06 and at most 1e6, got 'warm'"],
         ),
         (
             ["moe", "objective.temperature={search: 1}"],
@@ -167,7 +167,7 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
         ),
         (
             ["moe", "tasks=[search]", "objective.temperature={search: -1}"],
-            ["objective.temperature.search: expected a number of at least 1e-6 and at most 1e6, got -1"],
+            ["objective.temperature.search: expected a number of at least 1e-06 and at most 1e6, got -1"],
         ),
         (
             ["moe", "tasks=[search]", "objective.temperature={search: 1}", "objective.learn_temperature=one"],
