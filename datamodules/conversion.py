@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from datamodules.examples import ExampleTable, whole_grade
+from datamodules.files import file_state
 from datamodules.progress_lines import ProgressLines
 from datamodules.readers.collecting import add_id, stream_collection
 from datamodules.records import Collection, Document, Sink, UserError, check_name
@@ -64,8 +65,7 @@ def stored(reader: FileReader, cache: Path) -> StoredCollection:
     key = hashlib.blake2b(digest_size=10)
     key.update(repr((VERSION, BATCH_ROWS, description)).encode())
     for source in reader.sources():
-        status = source.stat()
-        key.update(repr((str(source.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
+        key.update(file_state(source).encode())
     folder = cache / key.hexdigest()
     is_new = make_once(folder, lambda new: _convert(reader, new, description))
     collection = StoredCollection(folder)

@@ -115,7 +115,7 @@ def _remove_leftovers(path: Path) -> None:
     for leftover in path.parent.glob(f".{glob.escape(path.name)}-????????{PARTIAL}*"):
         if leftover.suffix == ".old" and not path.exists():
             continue
-        with contextlib.suppress(OSError):  # in use, or a file system without locks
+        with contextlib.suppress(OSError):  # it is in use, or the file system has no locks
             lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,6 +182,12 @@ def regular(path: Path, longest: int | None = None) -> Path:
 
 # What numpy raises for a damaged header of an array, next to OSError and ValueError.
 ARRAY_ERRORS = (EOFError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError, tokenize.TokenError)
+
+
+def file_state(path: Path) -> str:
+    """Return a text that changes when a file is moved, replaced or written again."""
+    status = path.stat()
+    return repr((str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
 
 
 def load_array(path: Path, mode: Literal["r", "c"] = "r") -> np.memmap:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datamodules.files import expanded, read_json, write_json
+from datamodules.files import expanded, file_state, read_json, write_json
 from datamodules.leakage import Index, Overlap
 from datamodules.progress_lines import ProgressLines
 from datamodules.readers import reader_class_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # because Lightning takes seconds to import
 log = logging.getLogger(__name__)
 
 EXAMPLES = 20  # examples kept per set and way of comparing
-VERSION = 3  # of the cached files
+VERSION = 3  # version of the cached files
 
 
 @dataclass
@@ -107,9 +107,9 @@ def find_leaks(tasks: Sequence[TaskDataModule], folders: Sequence[str] = (), cor
                 if sources[overlap.name].concerns(overlap, task, row, row in queries)
             ]
             for overlap in overlaps:
-                seen = best[overlap.name, overlap.way]
-                if overlap.evaluated.id not in seen or seen[overlap.evaluated.id].similarity < overlap.similarity:
-                    seen[overlap.evaluated.id] = overlap
+                by_id = best[overlap.name, overlap.way]
+                if by_id.setdefault(overlap.evaluated.id, overlap).similarity < overlap.similarity:
+                    by_id[overlap.evaluated.id] = overlap
             if overlaps:
                 leaks.queries[task.task.name].append(row)
             if any(sources[overlap.name].task is None for overlap in overlaps):
@@ -219,6 +219,5 @@ def _data_key(config: DataConfig, tasks: Sequence[TaskDataModule]) -> str:
         key.update(repr((task.task.name, task.queries_are_documents, fingerprints)).encode())
     for folder in config.leaks_in:
         for source in _reader(folder).sources():
-            status = source.stat()
-            key.update(repr((str(source.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns)).encode())
+            key.update(file_state(source).encode())
     return key.hexdigest()
