@@ -148,8 +148,7 @@ def evaluate(
     """
     benchmark = benchmark.without_blank()
     metrics = _checked_metrics(benchmark, metrics)
-    similarity = benchmark.similarity or similarity or encoder.similarity or "dot"
-    check_choice("similarity", similarity, SIMILARITIES)
+    similarity = _similarity_of(encoder, benchmark, similarity)
     vectors = vectors or VectorCache(encoder, token_budget=token_budget)
     advance = advance or stage_lines(benchmark.name)
     k = k or ranking_depth(metrics, benchmark)
@@ -158,7 +157,7 @@ def evaluate(
     num_texts = len(benchmark.encoded_documents) + len(benchmark.queries)
     step = _counter(advance, "encode", num_texts // world_size())
     started = time.monotonic()
-    encoded = _encode(encoder, benchmark, vectors, step, document_vectors)
+    encoded = _encode(benchmark, vectors, step, document_vectors)
     encode_seconds = time.monotonic() - started
     runs = _rank(encoder, benchmark, encoded, k, similarity, advance)
     return _measure_runs(runs, benchmark, metrics, similarity, num_texts, encode_seconds)
@@ -188,11 +187,14 @@ def rank_benchmark(
     advance: called with the number of texts encoded since the last call. The others are as in evaluate().
     """
     benchmark = benchmark.without_blank()
-    similarity = benchmark.similarity or similarity or encoder.similarity or "dot"
-    check_choice("similarity", similarity, SIMILARITIES)
-    vectors = vectors or VectorCache(encoder, token_budget=token_budget)
-    encoded = _encode(encoder, benchmark, vectors, advance)
+    similarity = _similarity_of(encoder, benchmark, similarity)
+    encoded = _encode(benchmark, vectors or VectorCache(encoder, token_budget=token_budget), advance)
     return rank_vectors(benchmark, *encoded, k, similarity, device=encoder.device)
+
+
+def _similarity_of(encoder: Encoder, benchmark: Benchmark, similarity: str | None) -> str:
+    """Return the benchmark's own similarity, or else the one asked for, or else that of the encoder's training."""
+    return check_choice("similarity", benchmark.similarity or similarity or encoder.similarity or "dot", SIMILARITIES)
 
 
 def _checked_metrics(benchmark: Benchmark, metrics: Sequence[str]) -> tuple[str, ...]:
@@ -207,7 +209,6 @@ def _checked_metrics(benchmark: Benchmark, metrics: Sequence[str]) -> tuple[str,
 
 
 def _encode(
-    encoder: Encoder,
     benchmark: Benchmark,
     vectors: VectorCache,
     advance: Callable[[int], None] | None,
@@ -220,7 +221,7 @@ def _encode(
     source = vectors if document_vectors is None or benchmark.training is not None else document_vectors
     task = source.encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
     values = benchmark.encoded_documents.values()
-    texts = values if isinstance(values, Sequence) else list(values)  # those of a stored collection are a sequence
+    texts = values if isinstance(values, Sequence) else list(values)  # a stored collection has a sequence
     documents = source.vectors(texts, task, benchmark.name, advance)
     query_ids = list(benchmark.queries)[rank() :: world_size()]
     queries = vectors.vectors_of_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)

@@ -108,15 +108,15 @@ def search_index(
 
 
 def measure_recall(
-    index: Any, vectors: Shards, options: IndexOptions, k: int = 10, num_queries: int = 200
+    index: Any, vectors: Shards, options: IndexOptions, num_queries: int = 200
 ) -> list[dict[str, float]]:
-    """Measure the recall of the k nearest documents for several values of nprobe, with sampled documents as queries.
+    """Measure the recall of the ten nearest documents for several values of nprobe, with sampled documents as queries.
 
     Returns nprobe and recall for each, and with quantization "reranked", the recall with exact scores of RERANKED times
-    k candidates. Any document as near as the k-th nearest counts as a hit.
+    ten candidates. Any document as near as the tenth nearest counts as a hit.
     """
     sample = _sample(vectors, num_queries)
-    k = min(k, vectors.count - 1)
+    k = min(10, vectors.count - 1)
     steps = [n for n in PROBES if n < options.nlist] + [options.nlist]
     names = ("recall", "reranked") if options.quantizes else ("recall",)
     if k == 0:  # a single document has no other that could be missed

@@ -151,13 +151,13 @@ def _class_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
     return np.array(classes)
 
 
-def _check_classes(benchmark: Benchmark, names: Sequence[str], classes: Sequence[int], where: str = "") -> None:
+def _check_classes(benchmark: Benchmark, names: Sequence[str], classes: Sequence[int], prefix: str = "") -> None:
     """Raise UserError if the training papers have only one class, or if a class has too few of them for the folds."""
     present, counts = np.unique(classes, return_counts=True)
     least = FOLDS if len(benchmark.probe.costs) > 1 else 1
     if len(present) < 2 or counts.min() < least:
         raise UserError(
-            f"{benchmark.name}: {where}expected at least two classes with at least {least} training papers each, got "
+            f"{benchmark.name}: {prefix}expected at least two classes with at least {least} training papers each, got "
             f"{len(present)} class(es), the smallest ({names[present[counts.argmin()]]!r}) with {counts.min()}"
         )
 

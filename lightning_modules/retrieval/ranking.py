@@ -92,8 +92,8 @@ def _rank(
         first = _padded_positions([benchmark.first.get(query, ()) for query in query_ids], positions)
         indices, scores = np.concatenate([first, indices], axis=1), np.concatenate([score(first), scores], axis=1)
     if benchmark.exclude_query:
-        own = np.array([positions.get(query, -2) for query in query_ids])[:, None]
-        indices = np.where(indices == own, -1, indices)
+        query_positions = np.array([positions.get(query, -2) for query in query_ids])[:, None]
+        indices = np.where(indices == query_positions, -1, indices)
     run = sorted_run(query_ids, list(positions), indices, scores.astype(np.float32), order)
     if benchmark.first is not None:
         run = _move_to_front(run, first)

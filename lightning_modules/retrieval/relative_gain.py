@@ -79,11 +79,11 @@ def relative_gains(
             difference = joint - single
             difference[np.abs(difference) < ROUNDING] = 0.0
             gains[task][name] = sign * difference / single
-    of_tasks = {task: np.mean(list(of_task.values()), axis=0) for task, of_task in gains.items()}
+    task_gains = {task: np.mean(list(by_benchmark.values()), axis=0) for task, by_benchmark in gains.items()}
     return RelativeGains(
-        benchmarks={name: _gain(g, level) for of_task in gains.values() for name, g in of_task.items()},
-        tasks={task: _gain(g, level) for task, g in of_tasks.items()},
-        delta_mtl=_gain(np.mean(list(of_tasks.values()), axis=0), level),
+        benchmarks={name: _gain(g, level) for by_name in gains.values() for name, g in by_name.items()},
+        tasks={task: _gain(g, level) for task, g in task_gains.items()},
+        delta_mtl=_gain(np.mean(list(task_gains.values()), axis=0), level),
     )
 
 

@@ -125,8 +125,8 @@ def resampled_means(
         times = np.bincount(chosen.ravel(), minlength=size * num_queries).reshape(size, num_queries)
         means[done : done + size] = times @ rows.T / num_queries  # (size, S of all systems)
         done += size
-    of_systems = np.split(means, np.cumsum([len(table) for table in tables])[:-1], axis=1)
-    return [(values * share).sum(1) for values, share in zip(of_systems, shares, strict=True)]
+    by_system = np.split(means, np.cumsum([len(table) for table in tables])[:-1], axis=1)
+    return [(values * share).sum(1) for values, share in zip(by_system, shares, strict=True)]
 
 
 def percentile_interval(draws: np.ndarray, level: float) -> tuple[float, float]:
@@ -135,9 +135,9 @@ def percentile_interval(draws: np.ndarray, level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def mean_difference_p(pairs: Sequence[tuple[np.ndarray, np.ndarray]], *, draws: int = 10_000, seed: int = 0) -> float:
+def mean_difference_p(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     """Return sign_flip_p for the mean of mean(a) - mean(b) over benchmarks. pairs: as for bootstrap_interval."""
-    return sign_flip_p(np.concatenate([_differences(a, b) / a.shape[1] for a, b in pairs]), draws=draws, seed=seed)
+    return sign_flip_p(np.concatenate([_differences(a, b) / a.shape[1] for a, b in pairs]))
 
 
 def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
