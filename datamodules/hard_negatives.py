@@ -26,7 +26,7 @@ import numpy as np
 from datamodules.files import atomic_folder, load_array, read_regular
 from datamodules.records import DROP, KEEP, POSITIVE, Example, MinedNegatives, UserError, check_choice, check_name
 
-VERSION = 1  # of the layout
+VERSION = 1  # version of the layout
 ARRAYS = ("starts", "documents", "ranks", "scores", "labels")
 SOURCES = ("mined", "data", "both")  # values of Rounds.source
 
@@ -130,10 +130,10 @@ class HardNegativeStore:
         if task not in self.tasks:
             return []
         mined = self.tasks[task]
-        part = slice(mined.starts[example], mined.starts[example + 1])
+        rows = slice(mined.starts[example], mined.starts[example + 1])
         if mined.labels is None:
-            return mined.documents[part].tolist() if label == KEEP else []
-        return mined.documents[part][mined.labels[part] == label].tolist()
+            return mined.documents[rows].tolist() if label == KEEP else []
+        return mined.documents[rows][mined.labels[rows] == label].tolist()
 
     def check(self, data: Mapping[str, Mapping[str, str]]) -> None:
         """Raise UserError unless the negatives were mined from this data. The store may have more tasks.
@@ -219,7 +219,7 @@ class Rounds:
         """Write a store into the folder (write_store)."""
         return write_store(self.folder / name, mined, meta).path
 
-    def has_made(self, name: str, meta: Mapping[str, Any]) -> bool:
+    def has_store(self, name: str, meta: Mapping[str, Any]) -> bool:
         """Return whether the folder has an intact store with this name and these settings."""
         try:
             store = HardNegativeStore(self.folder / name)
@@ -227,9 +227,9 @@ class Rounds:
             return False
         return all(store.meta.get(key) == value for key, value in json.loads(json.dumps(meta)).items())
 
-    def at(self, step: int) -> HardNegativeStore | None:
-        """Return the store for a step, or None."""
-        current = max((r for r in self._rounds if r.batch <= step), key=lambda r: r.batch, default=None)
+    def at(self, batch: int) -> HardNegativeStore | None:
+        """Return the store that a batch draws from, or None."""
+        current = max((r for r in self._rounds if r.batch <= batch), key=lambda r: r.batch, default=None)
         return None if current is None else self._open(current)
 
     def _open(self, current: Round) -> HardNegativeStore:
@@ -261,8 +261,8 @@ class Rounds:
         if store is None:
             return example
         mined, dropped, positives = (store.negatives_of(task, index, label) for label in (KEEP, DROP, POSITIVE))
-        of_data = [row for row in example.hard_negatives if row not in dropped and row not in positives]
-        negatives = list(dict.fromkeys([*mined, *of_data])) if self.source == "both" else mined or of_data
+        unmined = [row for row in example.hard_negatives if row not in dropped and row not in positives]
+        negatives = list(dict.fromkeys([*mined, *unmined])) if self.source == "both" else mined or unmined
         return replace(
             example,
             positives=(*example.positives, *positives),

@@ -71,7 +71,7 @@ class HardNegativeMining(L.Callback):
         documents = module.document_vectors
         meta |= {"document_model": documents.fingerprint if documents else None} | self.mining.judging
         # The run may have been killed after this mining and before the next checkpoint. One rank decides for all.
-        values = from_first_rank(_finished(data.rounds, name, meta) if trainer.is_global_zero else None)
+        values = from_first_rank(_read_finished(data.rounds, name, meta) if trainer.is_global_zero else None)
         if values is not None:
             log.info("step %d: these hard negatives have already been mined", step)
         else:
@@ -107,9 +107,9 @@ class HardNegativeMining(L.Callback):
         return {task: each.values for task, each in reports.items()}
 
 
-def _finished(rounds: Any, name: str, meta: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
-    """Return the figures of a mining that has finished and is intact, else None."""
-    if rounds.has_made(name, meta):
+def _read_finished(rounds: Any, name: str, meta: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
+    """Return the figures of an earlier mining with these settings, or None if it did not finish or is damaged."""
+    if rounds.has_store(name, meta):
         with contextlib.suppress(UserError):
             return read_values(rounds.folder / name / "report.json")
     return None

@@ -291,13 +291,13 @@ def test_initial_store_may_move_but_not_change(make_task, tmp_path):
         without.train_dataloader().load_state_dict(state)
 
 
-def test_has_made_requires_the_same_settings(make_task, tmp_path):
+def test_has_store_requires_the_same_settings(make_task, tmp_path):
     data = with_rounds(make_task, tmp_path)
     meta = META | {"data": data.fingerprints()}
-    assert not data.rounds.has_made("one", meta)
+    assert not data.rounds.has_store("one", meta)
     data.rounds.write("one", {"search": mined_of([[1]] * 12)}, meta)
-    assert not data.rounds.has_made("one", meta | {"model": "bbbb"})
-    assert data.rounds.has_made("one", meta)
+    assert not data.rounds.has_store("one", meta | {"model": "bbbb"})
+    assert data.rounds.has_store("one", meta)
     assert not data.rounds.has(3)
 
 
