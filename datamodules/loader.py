@@ -14,7 +14,7 @@ from datamodules.hard_negatives import Rounds
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 
-MAX_WORKERS = 4  # by default
+MAX_WORKERS = 4  # per rank, unless the user asks for more
 
 
 def _ignore_signals(worker: int) -> None:

@@ -192,7 +192,7 @@ class ContrastiveBatch:
         device = torch.device(device)
         if self.queries.device == device:
             return self
-        non_blocking = device.type not in ("cpu", "mps")  # as Lightning
+        non_blocking = device.type not in ("cpu", "mps")  # as in Lightning
         return moved(self, lambda buffer: buffer.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ContrastiveBatch:

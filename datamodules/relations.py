@@ -70,8 +70,8 @@ def find_collection(data: ContrastiveDataModule, key: str, name: str) -> tuple[T
         raise UserError(f"{key}: unknown task {task_name!r}; expected one of {', '.join(tasks)}")
     names = list(tasks[task_name].collections)
     if collection not in ("", *names) or (not collection and len(names) > 1):
-        found = f"unknown collection {collection!r}" if collection else f"task {task_name} has several collections"
-        raise UserError(f"{key}: {found}; expected one of {', '.join(f'{task_name}/{each}' for each in names)}")
+        problem = f"unknown collection {collection!r}" if collection else f"task {task_name} has several collections"
+        raise UserError(f"{key}: {problem}; expected one of {', '.join(f'{task_name}/{each}' for each in names)}")
     return tasks[task_name], collection or names[0]
 
 
@@ -105,11 +105,11 @@ class PartialAnnotation:
         query_of_row[queries] = np.arange(len(queries))
         unlabelled = (query_of_row >= 0) & (annotations.counts == 0)
         if isinstance(table, ClassificationDataModule):
-            own = LabelSpace.of(*source)
-            known = positives.minus(own.rows[0]).take(query_of_row)
-            return cls(own, space, known, unlabelled, _both(known.take(queries), annotations.take(queries)))
-        of_query = annotations.take(queries[positives.owners])
-        return cls(space, space, annotations, unlabelled, _both(annotations.take(positives.values), of_query))
+            labels = LabelSpace.of(*source)
+            known = positives.minus(labels.rows[0]).take(query_of_row)
+            return cls(labels, space, known, unlabelled, _both(known.take(queries), annotations.take(queries)))
+        labels_of_query = annotations.take(queries[positives.owners])
+        return cls(space, space, annotations, unlabelled, _both(annotations.take(positives.values), labels_of_query))
 
 
 def _both(first: Ragged, second: Ragged) -> tuple[Ragged, Ragged]:

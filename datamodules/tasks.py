@@ -98,7 +98,7 @@ class TaskDataModule(ContrastiveDataModule):
         self.examples = JoinedExamples()
         self.stripped = np.zeros(0, dtype=np.int64)  # rows of documents left out of training
         self.is_stripped = False
-        self._tokens: tuple[Encoding, Joined[np.ndarray]] | None = None  # of the last encoding
+        self._tokens: tuple[Encoding, Joined[np.ndarray]] | None = None  # the last encoding and its ids
 
     def inherit_options(self, options: BatchOptions) -> None:
         """Use the options that several tasks share, unless this task has its own."""

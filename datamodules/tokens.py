@@ -40,7 +40,7 @@ BLOCK = 4096  # texts of a collection that are written together
 PIECE = 128  # texts that a thread tokenises at a time: 45 ms for abstracts, of which 2 ms hold Python's lock
 AHEAD = 16384  # texts that are tokenised before they are needed
 MAX_THREADS = 16
-CACHE_BYTES = 256 << 20  # for 600,000 abstracts
+CACHE_BYTES = 256 << 20  # room for 600,000 abstracts
 MIN_CACHED = 512  # smallest number of texts that are kept; batches of a frozen model, for example, never come again
 
 
@@ -228,7 +228,7 @@ class TokenCache:
 
 
 def _num_bytes(table: TokenTable) -> int:
-    return table.ids.nbytes + table.starts.nbytes + 500  # for the Python objects
+    return table.ids.nbytes + table.starts.nbytes + 500  # bytes of the Python objects
 
 
 CACHE = TokenCache(CACHE_BYTES)

@@ -25,7 +25,7 @@ from datamodules.records import UserError, reason
 log = logging.getLogger(__name__)
 
 ZIP_START = b"PK\x03\x04"  # first bytes of a ZIP file
-ENTRIES = {"global_step": int, "state_dict": dict, "optimizer_states": list, "loops": dict}  # of a run's checkpoint
+ENTRIES = {"global_step": int, "state_dict": dict, "optimizer_states": list, "loops": dict}  # in a run's checkpoint
 READ_ERRORS = (
     *(OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, NotImplementedError),
     *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error),

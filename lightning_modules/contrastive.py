@@ -95,7 +95,7 @@ class ContrastiveModule(L.LightningModule):
         self.named_losses = {name: loss for name, loss in (losses or {}).items() if loss.weight}
         self.losses = nn.ModuleDict(self.named_losses)
         self.num_companions: dict[str, list[int]] = {}  # task -> number of companions of each loss
-        self._mark = object()  # of the data that the losses have prepared
+        self._mark = object()  # identifies the data that the losses have prepared
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None
         self.document_vectors: VectorCache | None = None  # source of document vectors, if the encoder has none
 
@@ -174,18 +174,18 @@ class ContrastiveModule(L.LightningModule):
         companions = iter(batch.companions)
         values, vectors = {}, comparable(vectors)
         for (name, loss), count in zip(self.named_losses.items(), self.num_companions.get(batch.task, ()), strict=True):
-            own = tuple(islice(companions, count))
-            encoded = [self._embed_companion(texts) for texts in own]
+            texts = tuple(islice(companions, count))
+            encoded = [self._embed_companion(companion) for companion in texts]
             with torch.autocast(vectors.device.type, enabled=False):
-                values[name] = loss(dataclasses.replace(batch, companions=own), vectors, encoded)
+                values[name] = loss(dataclasses.replace(batch, companions=texts), vectors, encoded)
             if (parameters := list(loss.parameters())) and self.training:
                 values[name] = values[name] + 0.0 * sum(p.sum() for p in parameters)  # DDP needs a gradient for each
         return values
 
-    def _embed_companion(self, texts: Companion) -> Tensor:
+    def _embed_companion(self, companion: Companion) -> Tensor:
         """Return the vectors of a companion's texts, (n, D)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not texts.detached):
-            return comparable(self.embed(texts).vectors[texts.index])
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not companion.detached):
+            return comparable(self.embed(companion).vectors[companion.index])
 
     def configure_optimizers(self) -> dict[str, Any]:
         options = self.optim

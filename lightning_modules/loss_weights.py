@@ -102,7 +102,7 @@ class DynamicWeights(LossRecorder):
         self.weights = torch.ones(len(self.tasks), dtype=torch.float64)  # (T,)
         self.sums = torch.zeros_like(self.weights)  # losses in this window
         self.previous: Tensor | None = None  # mean losses of the window before, (T,)
-        self.num_batches = [0] * len(self.tasks)  # of each task in this window
+        self.num_batches = [0] * len(self.tasks)  # in this window
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         super().on_train_start(trainer, module)
@@ -129,7 +129,7 @@ class DynamicWeights(LossRecorder):
         self.sums += self.take_losses()
         if min(self.num_batches) < self.window:
             return
-        losses = torch.stack([total / count for total, count in zip(self.sums, self.num_batches, strict=True)])
+        losses = self.sums / self.sums.new_tensor(self.num_batches)
         if self.previous is not None:
             self.weights = dwa_weights(losses, self.previous, self.temperature)
         self.previous, self.sums, self.num_batches = losses, torch.zeros_like(losses), [0] * len(self.tasks)

@@ -43,11 +43,11 @@ class Weights:
     parts: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        parts = [f"{part} {_shown(weights)}" for part, weights in self.parts.items()]
-        return "; ".join([_shown(self.members), *parts])
+        parts = [f"{part} {_format(weights)}" for part, weights in self.parts.items()]
+        return "; ".join([_format(self.members), *parts])
 
 
-def _shown(weights: Sequence[float]) -> str:
+def _format(weights: Sequence[float]) -> str:
     return " ".join(format(weight, "g") for weight in weights)
 
 
@@ -156,7 +156,7 @@ def _check_weights(weights: Weights, num_members: int, method: str, encoder: Enc
         if len(values) != num_members:
             raise UserError(f"{name}: expected {num_members} weights, one per model, got {len(values)}")
         if min(values) < 0 or not 0 < sum(values) < float("inf"):
-            raise UserError(f"{name}: expected weights of at least 0, and one above 0, got {_shown(values)}")
+            raise UserError(f"{name}: expected weights of at least 0, and one above 0, got {_format(values)}")
     if method == "slerp" and num_members != 2:
         raise UserError(f"slerp merges two models, got {num_members}; merge them in pairs, or use linear")
 

@@ -58,13 +58,13 @@ class ExpertDecay:
 
     def __init__(self, encoder: nn.Module, strength: float):
         self.strength = strength
-        places: dict[str, list[nn.Parameter]] = defaultdict(list)  # name without the expert -> a parameter per expert
+        counterparts: dict[str, list[nn.Parameter]] = defaultdict(list)  # name without expert -> one per expert
         for name, parameter in encoder.named_parameters():
             if expert_in(name):
-                places[without_expert(name)].append(parameter)
-        if not places:
+                counterparts[without_expert(name)].append(parameter)
+        if not counterparts:
             raise UserError("expert_decay: this encoder has no experts; set it to 0")
-        self.counterparts = list(places.values())
+        self.counterparts = list(counterparts.values())
 
     @torch.no_grad()
     def __call__(self, optimizer: Optimizer, *_: Any) -> None:

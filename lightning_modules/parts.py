@@ -52,8 +52,8 @@ def parts_of(name: str) -> tuple[str, ...]:
     """Return the parts that a parameter of an encoder belongs to, the narrowest first."""
     if expert := expert_in(name):
         return expert, "experts"
-    if (own := name.partition(".")[0]) in ("stitches", "features"):
-        return (own,)
+    if (part := name.partition(".")[0]) in ("stitches", "features"):
+        return (part,)
     return ("embeddings",) if ".embeddings." in name else ("shared",)
 
 

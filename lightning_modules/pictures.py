@@ -72,10 +72,10 @@ def transplants(values: Mapping[str, float], tasks: Sequence[str]) -> Matrix:
     shades: dict[tuple[str, str], float] = {}
     for task in tried:
         row = {b: loss for (a, b), loss in losses.items() if a == task}
-        own = row[task]
-        worst = max((loss for loss in row.values() if math.isfinite(loss)), default=own)
+        best = row[task]  # with the task's own expert
+        worst = max((loss for loss in row.values() if math.isfinite(loss)), default=best)
         shades |= {
-            (task, b): -max(0.0, loss - own) / max(worst - own, 1e-12) if math.isfinite(loss - own) else math.nan
+            (task, b): -max(0.0, loss - best) / max(worst - best, 1e-12) if math.isfinite(loss - best) else math.nan
             for b, loss in row.items()
         }
     return Matrix("loss of a task (row) with the expert of a task (column); red is worse", tasks, losses, shades)

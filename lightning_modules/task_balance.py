@@ -125,8 +125,7 @@ class TaskGradients:
     def add(self, task: str, gradients: Sequence[Tensor | None]) -> None:
         """Add the gradients of a task's loss, which are None for parameters that it does not depend on."""
         row = self.tasks.index(task)
-        for i, total in enumerate(self.values[row].split(self.sizes)):
-            gradient = gradients[i]
+        for i, (total, gradient) in enumerate(zip(self.values[row].split(self.sizes), gradients, strict=True)):
             if gradient is not None:
                 total += gradient.flatten()
                 self.used[row, i] = True

@@ -41,7 +41,7 @@ from lightning_modules.retrieval.compute import default_token_budget
 if TYPE_CHECKING:
     from lightning_modules.encoders.base import Encoder
 
-DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}  # by the start of the name of a precision
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}  # start of a precision's name -> type
 ROUNDS, MAX_SECONDS = 7, 0.4  # timings of the ceiling, and seconds after which three of them are enough
 
 
@@ -139,10 +139,10 @@ def _adapters(encoder: Encoder, index: int, task: str) -> list[torch.nn.Module]:
 def _serving(encoder: Encoder, index: int, task: str, *modules: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Return the parameters of modules of a layer, and of its adapter, that serve a task."""
     named = [(expert_in(name), p) for module in modules for name, p in module.named_parameters()]
-    own = encoder.tasks[task]
+    expert = encoder.tasks[task]
     # Stitches and gates choose among all experts.
-    reads_all = max(_copies(encoder, index)) > 1 or own not in {expert for expert, _ in named}
-    parameters = [p for expert, p in named if reads_all or expert in (None, own)]
+    reads_all = max(_copies(encoder, index)) > 1 or expert not in {name for name, _ in named}
+    parameters = [p for name, p in named if reads_all or name in (None, expert)]
     return parameters + [p for adapter in _adapters(encoder, index, task) for p in adapter.parameters()]
 
 

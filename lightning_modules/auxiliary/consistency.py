@@ -102,7 +102,7 @@ class CrossTaskConsistency(AuxiliaryLoss):
         tables, sources = data.by_name, []
         for other in self.others(task):
             sources.append(CompanionSource(tables[task], other, queries_of_batch))
-            draw = partial(drawn, candidate_rows(tables[other]), self.candidates)
+            draw = partial(draw_rows, candidate_rows(tables[other]), self.candidates)
             sources.append(CompanionSource(tables[other], other, draw))
         return sources
 
@@ -169,7 +169,9 @@ def candidate_rows(table: TaskDataModule) -> np.ndarray:
     return np.setdiff1d(np.flatnonzero(table.corpus_rows()), table.stripped)
 
 
-def drawn(rows: np.ndarray, count: int, queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
+def draw_rows(
+    rows: np.ndarray, count: int, queries: np.ndarray, documents: np.ndarray, rng: random.Random
+) -> np.ndarray:
     """Return at most `count` of some rows, drawn for a batch."""
     return rows if len(rows) <= count else rows[sorted(rng.sample(range(len(rows)), count))]
 

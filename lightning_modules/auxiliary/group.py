@@ -37,7 +37,7 @@ from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
 
-WALKS = 256  # from each head
+WALKS = 256  # number of walks from each head
 
 
 def group_loss(heads: Tensor, positives: Tensor, negatives: Tensor, margin: float = 1.0, share: float = 0.5) -> Tensor:
@@ -78,9 +78,9 @@ class GroupSampler:
 
         A query that lacks either gets its own row p + n times.
         """
-        nobody = np.full(self.positives + self.negatives, row)
+        no_group = np.full(self.positives + self.negatives, row)
         if row not in self.graph:
-            return nobody
+            return no_group
         head = self.graph.node_of[row]
         walks = self.graph.walks(row, self.steps, WALKS, rng)  # (steps, WALKS)
         at_step = walks[rng.choice(np.flatnonzero((walks != head).any(1)))]  # the first step always leaves the head
@@ -89,7 +89,7 @@ class GroupSampler:
         reached, visits = np.unique(walks[-1], return_counts=True)
         rare = ~np.isin(reached, [head, *positives, *self.graph.neighbours_of(row)])
         if not rare.any():
-            return nobody
+            return no_group
         count, weights = min(self.negatives, int(rare.sum())), 1 / visits[rare]
         negatives = rng.choice(reached[rare], count, replace=False, p=weights / weights.sum())
         return np.concatenate([np.resize(positives, self.positives), np.resize(negatives, self.negatives)])

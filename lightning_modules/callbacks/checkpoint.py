@@ -70,7 +70,7 @@ class LastCheckpoint(L.Callback):
     def __init__(self, path: Path, every_n_steps: int):
         self.path, self.every_n_steps = path, every_n_steps
         self.saved_at = 0
-        self._step = 0  # of the previous batch
+        self._step = 0  # optimizer step at the end of the previous batch
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.saved_at = self._step = trainer.global_step

@@ -170,10 +170,10 @@ class Evaluation(L.Callback):
             log.info("step %d/%d  dev %s: %s  mean %.4f", step, trainer.max_steps, first, parts, mean)
         self.num_without_best = 0 if mean > max(self.best, self.not_written[0]) else self.num_without_best + 1
         if mean > self.best:
-            former = self.best, self.best_step
+            previous = self.best, self.best_step
             self.best, self.best_step = mean, step  # before saving, because the checkpoint contains them
             if save_checkpoint(trainer, self.path):
-                self.best, self.best_step = former  # not written: a later step may still become the best
+                self.best, self.best_step = previous  # not written: a later step may still become the best
                 self.not_written = max(self.not_written, (mean, step))
 
 

@@ -45,6 +45,6 @@ class Preemption(L.Callback):
             self.last.save(trainer, must=True)
 
     def _signal_of_any_rank(self) -> Signals | None:
-        own = signals.noted()
-        number = largest(signals.ASKING.index(own) if own else -1)
+        noted = signals.noted()
+        number = largest(signals.ASKING.index(noted) if noted else -1)
         return signals.ASKING[number] if number >= 0 else None

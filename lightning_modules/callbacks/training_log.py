@@ -155,8 +155,8 @@ class TrainingBar(RichProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        logs = (callback for callback in callbacks if isinstance(callback, TrainingLog))
-        return {name: text for log in logs for name, text in log.latest.items()}
+        latest = (callback.latest for callback in callbacks if isinstance(callback, TrainingLog))
+        return {name: text for values in latest for name, text in values.items()}
 
 
 class RankReport(L.Callback):
@@ -166,7 +166,7 @@ class RankReport(L.Callback):
     """
 
     def __init__(self) -> None:
-        self.printed = False
+        self.is_logged = False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         precisions = gather_objects(str(trainer.precision))
@@ -177,15 +177,15 @@ class RankReport(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: ContrastiveBatch, batch_idx: int
     ) -> None:
-        if self.printed:
+        if self.is_logged:
             return
-        self.printed = True
-        load = f"{len(batch.queries)} queries, {len(batch.documents)} documents, {memory(module.device)}"
+        self.is_logged = True
+        load = f"{len(batch.queries)} queries, {len(batch.documents)} documents, {describe_memory(module.device)}"
         for line in gather_objects(f"rank {rank()} ({module.device} on {platform.node()}): {load}"):
             log.info("%s", line)
 
 
-def memory(device: torch.device) -> str:
+def describe_memory(device: torch.device) -> str:
     """Describe the peak memory of this process so far, and the memory of the device."""
     memory = Memory(device)
     return f"{memory.peak() / GIB:.1f} of {memory.total() / GIB:.1f} GiB" + (" of the GPU" if memory.on_gpu else "")

@@ -39,9 +39,9 @@ class CrossStitchEncoder(MoEEncoder):
         rows = self.neutral_weights()
         self.stitches = nn.ModuleDict()
         for index in self.expert_layers:
-            own = {name: nn.Parameter(rows[f"stitches.{index}.{name}"]) for name in self.experts}
-            self.stitches[str(index)] = nn.ParameterDict(own)
-        self._rows_read: dict[tuple[int, str], tuple[tuple[int, int], list[str]]] = {}  # by _experts_in_row
+            matrix = {name: nn.Parameter(rows[f"stitches.{index}.{name}"]) for name in self.experts}
+            self.stitches[str(index)] = nn.ParameterDict(matrix)
+        self._rows_read: dict[tuple[int, str], tuple[tuple[int, int], list[str]]] = {}  # cache of _experts_in_row
 
     def neutral_weights(self) -> dict[str, Tensor]:
         identity = torch.eye(len(self.experts))

@@ -91,7 +91,7 @@ class DualPromptEncoder(InstructEncoder):
         names = [name for name, task in tasks.items() if task.queries_are_documents]
         chosen = [name for name in names if self.link_task in ("", name)]
         if len(chosen) != 1:
-            found = f"{self.link_task!r}" if self.link_task else f"{len(names)} such tasks"
+            actual = f"{self.link_task!r}" if self.link_task else f"{len(names)} such tasks"
             expected = f"one of {', '.join(names)}" if names else "a task of kind link_prediction in the training"
-            raise UserError(f"link_task: the positions need a citation graph; expected {expected}, got {found}")
+            raise UserError(f"link_task: the positions need a citation graph; expected {expected}, got {actual}")
         return tasks[chosen[0]]

@@ -140,7 +140,7 @@ class CrossEncoderJudge(Judge):
 
     def _load(self, name: str) -> tuple[Any, PreTrainedTokenizerBase]:
         with reading(name, "model"), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)  # of the new classifier
+            torch.manual_seed(self.seed)  # for the weights of the new classifier
             settings = PreTrainedConfig.get_config_dict(name)[0]
             check_size(settings)
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -162,7 +162,7 @@ class CrossEncoderJudge(Judge):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule("linear", WARM_UP, self.steps))
         model.train()
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(self.seed + fold)  # of dropout
+            torch.manual_seed(self.seed + fold)  # for dropout
             progress = ProgressLines(f"training the judge of fold {fold + 1}/{self.folds}", "steps", self.steps)
             for _ in range(self.steps):
                 batch = np.concatenate([rng.choice(group, half) for group in groups])

@@ -14,14 +14,14 @@ from datamodules.files import read_json, write_json
 from datamodules.ragged import Ragged
 from datamodules.records import MinedNegatives, UserError, reason
 from lightning_modules.mining.filters import pair_keys
-from lightning_modules.pictures import box, document, text
+from lightning_modules.pictures import BLUE, RED, box, document, text
 
 if TYPE_CHECKING:  # they import torch, which commands that read a report do not need
     from lightning_modules.mining.mined import Mined
     from lightning_modules.mining.relabel import Relabelled
 
 NUM_BINS = 24
-WIDTH, HEIGHT, GAP = 420, 160, 46  # of a histogram, in pixels
+WIDTH, HEIGHT, GAP = 420, 160, 46  # size of a histogram and the space below it, in pixels
 # Meaning of each figure, which is logged as mine/<task>/<name>. Shares are between 0 and 1.
 FIGURES = {
     "negatives": "mean number of negatives per query",
@@ -202,7 +202,7 @@ def _histogram(task_report: TaskReport, task: str, top: float) -> list[str]:
     bar = WIDTH / len(counts)
     for i, count in enumerate(counts.tolist()):
         height = (HEIGHT - 24) * count / max(1, counts.max())
-        colour = "#c0392b" if edges[i + 1] <= 0 else "#2e6da4"
+        colour = RED if edges[i + 1] <= 0 else BLUE
         parts.append(box(10 + i * bar, bottom - height, bar - 1, height, colour))
     parts.append(text(10, bottom + 14, f"{edges[0]:.3g}"))
     parts.append(text(10 + WIDTH, bottom + 14, f"{edges[-1]:.3g}", anchor="end"))
