@@ -191,8 +191,8 @@ def read_parameters(node: Mapping[str, Any], prefix: str = "") -> list[Parameter
 
 def _read_parameter(name: str, settings: Mapping[str, Any]) -> Parameter:
     distribution = settings.get("distribution") or _default_distribution(name, settings)
-    if distribution not in DISTRIBUTIONS:
-        replacement = REPLACEMENTS.get(distribution)
+    if str(distribution) not in DISTRIBUTIONS:
+        replacement = REPLACEMENTS.get(str(distribution))
         hint = f"use {replacement}" if replacement else expected_one_of(DISTRIBUTIONS)
         raise UserError(f"parameters.{name}.distribution: got {distribution!r}, {hint}")
     keys, names = DISTRIBUTIONS[distribution], settings.keys() - {"distribution"}
@@ -234,7 +234,12 @@ def _check_settings(name: str, distribution: str, settings: Mapping[str, Any]) -
         values, probabilities = settings["values"], settings.get("probabilities")
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             raise UserError(f"parameters.{name}.values: expected a list of at least one value, got {values!r}")
-        if probabilities and (len(probabilities) != len(values) or not math.isclose(sum(probabilities), 1)):
-            raise UserError(
-                f"parameters.{name}.probabilities: expected {len(values)} that sum to 1, got {probabilities}"
-            )
+        if probabilities and not _are_probabilities(probabilities, len(values)):
+            expected = f"{len(values)} numbers of at least 0 that sum to 1"
+            raise UserError(f"parameters.{name}.probabilities: expected {expected}, got {probabilities!r}")
+
+
+def _are_probabilities(node: Any, count: int) -> bool:
+    numbers = node if isinstance(node, Sequence) else ()
+    are_numbers = all(isinstance(number, int | float) and number >= 0 for number in numbers)
+    return are_numbers and len(numbers) == count and math.isclose(sum(numbers), 1)

@@ -143,6 +143,14 @@ def test_bayes_accepts_running_trials_and_values_rounded_out_of_the_range():
             "method: grid\nparameters: {optim.lr: {distribution: normal, mean: 1}}\n",
             ["unknown key 'mean'; normal has mu, sigma"],
         ),
+        *(
+            (
+                f"method: random\nrun_cap: 1\nparameters: {{optim.lr: {{values: [0.1, 1], probabilities: {given}}}}}\n",
+                ["optim.lr.probabilities: expected 2 numbers of at least 0 that sum to 1, got"],
+            )
+            for given in ("[0.5]", "[0.5, 0.6]", "[2, -1]", "[a, b]", "0.5")
+        ),
+        ("method: grid\nparameters: {optim.lr: {distribution: [normal]}}\n", ["distribution: got ['normal']"]),
         (f"{ONE}run_cap: 0\n", ["run_cap: expected a number of at least 1, got 0"]),
         (f"{ONE}early_terminate: {{type: hyperban, min_iter: 1}}\n", ["early_terminate.type: ", "'hyperban'"]),
         (f"{ONE}early_terminate: {{type: hyperband, min: 1}}\n", ["unknown key early_terminate.min", "min_iter"]),
