@@ -44,16 +44,10 @@ def collect(study: Study) -> dict[str, Any]:
     if not systems:
         raise UserError("no job of the study is complete, so there is nothing to show")
     tables = {name: table for seeds in systems.values() for s in seeds for name, table in s.benchmarks.items()}
-    incomplete = list(_incomplete(study))
-    transplants = study.settings.transplants
-    named = {"held_out": study.settings.held_out}
+    incomplete, transplants = list(_incomplete(study)), study.settings.transplants
+    _check_names("held_out", study.settings.held_out, tables)
     if not incomplete:  # until then, the only arms that have a task may be missing
-        named["transplants"] = [*transplants, *transplants.values()]
-    for key, names in named.items():
-        if unknown := set(names) - set(tables):
-            raise UserError(
-                f"{key}: no arm was evaluated on {', '.join(sorted(unknown))}; expected names of {', '.join(tables)}"
-            )
+        _check_names("transplants", [*transplants, *transplants.values()], tables)
     benchmarks = _benchmarks(study, tables, [system for seeds in systems.values() for system in seeds])
     check_transplants(transplants, benchmarks)
     arms = {arm: _arm(study, arm, seeds, benchmarks) for arm, seeds in systems.items()}
@@ -97,6 +91,14 @@ def collect(study: Study) -> dict[str, Any]:
         ],
         "incomplete": incomplete,
     }
+
+
+def _check_names(key: str, names: Sequence[str], tables: Mapping[str, BenchmarkTable]) -> None:
+    """Raise UserError for a benchmark that no arm was evaluated on. key: setting that names the benchmarks."""
+    if unknown := set(names) - set(tables):
+        raise UserError(
+            f"{key}: no arm was evaluated on {', '.join(sorted(unknown))}; expected names of {', '.join(tables)}"
+        )
 
 
 def _benchmarks(
@@ -172,11 +174,11 @@ def groups_of(benchmarks: Content) -> Groups:
     """Return (group, task) -> its benchmarks; the task "all" has those of every task."""
     groups: dict[tuple[str, str], list[str]] = {}
     for group in (TRAINED_ON, HELD_OUT):
-        inside = [name for name, each in benchmarks.items() if each["group"] == group]
-        for task in dict.fromkeys(benchmarks[name]["task"] for name in inside):
-            groups[group, task] = [name for name in inside if benchmarks[name]["task"] == task]
-        if inside and len({benchmarks[name]["task"] for name in inside}) > 1:
-            groups[group, "all"] = inside
+        names = [name for name, each in benchmarks.items() if each["group"] == group]
+        for task in dict.fromkeys(benchmarks[name]["task"] for name in names):
+            groups[group, task] = [name for name in names if benchmarks[name]["task"] == task]
+        if names and len({benchmarks[name]["task"] for name in names}) > 1:
+            groups[group, "all"] = names
     return groups
 
 
@@ -196,10 +198,10 @@ def difference(
         for name, each in benchmarks.items()
         if all(name in system.benchmarks for system in (*a, *b))
     }
-    for (group, task), inside in groups.items():
-        if not values.keys() >= set(inside):
+    for (group, task), names in groups.items():
+        if not values.keys() >= set(names):
             continue
-        pairs = [values[name] for name in inside]
+        pairs = [values[name] for name in names]
         low, high = bootstrap_interval(pairs, paired_seeds=paired_seeds)
         mean = statistics.fmean(float(x.mean() - y.mean()) for x, y in pairs)
         row = {"group": group, "task": task, "difference": mean, "low": low, "high": high}
@@ -211,7 +213,7 @@ def tables(content: Content) -> dict[str, Table]:
     result = {"Arms": _arm_table(content)}
     groups = groups_of(content["benchmarks"])
     for group in dict.fromkeys(group for group, _ in groups):
-        means = {f"{task} ({len(inside)})": inside for (g, task), inside in groups.items() if g == group}
+        means = {f"{task} ({len(names)})": names for (g, task), names in groups.items() if g == group}
         result[f"Means over benchmarks: {group}"] = _value_table(content, means)
     if content["gains"]:
         result[f"Gain over {content['start']}"] = _difference_table(content["gains"])
@@ -318,16 +320,16 @@ def _value_table(content: Content, columns: Mapping[str, Sequence[str]]) -> Tabl
     """Return the mean over the benchmarks of each column, and its standard deviation over seeds."""
     table = Table([Column("arm"), *(Column(heading, ".1f", best="highest") for heading in columns)])
     for name, arm in content["arms"].items():
-        seeds = [_means_of_seeds(arm["runs"], inside) for inside in columns.values()]
+        seeds = [_means_of_seeds(arm["runs"], names) for names in columns.values()]
         table.add(name, *(Mean(values) if len(values) > 1 else values[0] if values else None for values in seeds))
     return table
 
 
-def _means_of_seeds(runs: Sequence[Content], inside: Sequence[str]) -> list[float]:
+def _means_of_seeds(runs: Sequence[Content], names: Sequence[str]) -> list[float]:
     """Return the mean over benchmarks of each seed, in points; [] if the arm lacks one of them."""
-    if not all(name in run["values"] for run in runs for name in inside):
+    if not all(name in run["values"] for run in runs for name in names):
         return []
-    return [100 * statistics.fmean(run["values"][name] for name in inside) for run in runs]
+    return [100 * statistics.fmean(run["values"][name] for name in names) for run in runs]
 
 
 def _difference_table(rows: Sequence[Content]) -> Table:
@@ -375,11 +377,11 @@ def plot_of(content: Content) -> str:
         elements.append(text(10, top + 20, f"{task}, {group}: gain over {content['start']} in points", "bold"))
         zero = LABEL - low * scale
         elements.append(box(zero, top + 28, 1, ROW * len(arms) + 4, GREY))
-        for place, arm in enumerate(arms):
+        for row_number, arm in enumerate(arms):
             row = next((r for r in rows if (r["a"], r["group"], r["task"]) == (arm, group, task)), None)
             if row is None:
                 continue
-            y = top + 32 + ROW * place
+            y = top + 32 + ROW * row_number
             start, end, at = (LABEL + (row[key] - low) * scale for key in ("low", "high", "difference"))
             colour = BLUE if row["low"] > 0 else RED if row["high"] < 0 else GREY
             elements.append(text(LABEL - 8, y + 10, arm, anchor="end"))

@@ -138,13 +138,9 @@ def print_table(table: Table) -> None:
     if not console.is_terminal:
         console = PlainConsole(width=table.pipe_width)
     rows = list(table.texts())
-    longest = [max(cell_len(plain(text)) for text in texts) for texts in _columns(table, rows)]
-    shown = list(range(len(longest)))
-    least = [min(n, FOLDED_WIDTH) if table.columns[i].folds else n for i, n in enumerate(longest)]
-    for i in sorted(shown, key=lambda i: -table.columns[i].rank):
-        if table.columns[i].rank and sum(least[j] + 3 for j in shown) + 1 > console.width:
-            shown.remove(i)
-    narrowest = [min(longest[i], NARROWEST) if table.columns[i].folds else longest[i] for i in shown]
+    widths = [max(cell_len(plain(text)) for text in texts) for texts in _columns(table, rows)]
+    shown = _columns_that_fit(table, widths, console.width)
+    narrowest = [min(widths[i], NARROWEST) if table.columns[i].folds else widths[i] for i in shown]
     fits = sum(narrowest) + 3 * len(shown) + 1 <= console.width
     grid = rich.table.Table()
     for i in shown:
@@ -154,7 +150,7 @@ def print_table(table: Table) -> None:
             justify="left" if column.form is None else "right",
             no_wrap=not folds,
             overflow="fold",  # with "ignore", Rich would not align numbers to the right
-            min_width=None if folds else longest[i],
+            min_width=None if folds else widths[i],
         )
     for row, texts in rows:
         cells = [Text(plain(text), "bold" if is_best else "") for text, is_best in texts]
@@ -162,6 +158,16 @@ def print_table(table: Table) -> None:
     if table.title:
         console.print(table.title, style="italic", soft_wrap=True)
     console.print(grid)
+
+
+def _columns_that_fit(table: Table, widths: Sequence[int], limit: int) -> list[int]:
+    """Return the columns to show in at most `limit` characters. widths: width of each column's longest text."""
+    shown = list(range(len(widths)))
+    least = [min(width, FOLDED_WIDTH) if table.columns[i].folds else width for i, width in enumerate(widths)]
+    for i in sorted(shown, key=lambda i: -table.columns[i].rank):
+        if table.columns[i].rank and sum(least[j] + 3 for j in shown) + 1 > limit:
+            shown.remove(i)
+    return shown
 
 
 def _columns(table: Table, rows: Sequence[tuple[Row, list[tuple[str, bool]]]]) -> list[list[str]]:
