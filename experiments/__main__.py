@@ -19,8 +19,8 @@ FOLDER = Path(__file__).parent
 # Commands whose names differ from their modules'.
 MODULES = {"dry-run": "dry_run", "eval": "evaluate", "import": "import_papers"}
 INTERNAL = {"reference"}  # commands that only work inside the source tree
-FIRST = ("EXP", "RECIPE", "BENCH")  # variables of make for the first argument
-LOWER = ("SCALE", "PARALLEL", "TRIAL", "STUDY", "SWEEP", "SWEEP_ID", "COUNT")  # variables of make for keys
+POSITIONAL = ("EXP", "RECIPE", "BENCH")  # variables of make whose value is the first argument
+KEYS = ("SCALE", "PARALLEL", "TRIAL", "STUDY", "SWEEP", "SWEEP_ID", "COUNT")  # variables of make that are keys
 HELP = """usage: scimult COMMAND [key=value ...]
 
 {commands}
@@ -49,9 +49,9 @@ def main() -> None:
         from experiments.reference import completion
 
         say(completion())
-    elif name not in names():
-        close = difflib.get_close_matches(name, names(), 1)
-        hint = f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(names())}"
+    elif name not in command_names():
+        close = difflib.get_close_matches(name, command_names(), 1)
+        hint = f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(command_names())}"
         say(f"error: unknown command {name!r}{hint}", sys.stderr)
         sys.exit(2)
     else:
@@ -78,16 +78,16 @@ def from_make(name: str, arguments: Sequence[str]) -> list[str]:
     first, rest = [], []
     for argument in arguments:
         key, equals, value = argument.partition("=")
-        if equals and key in FIRST:
+        if equals and key in POSITIONAL:
             first.append(value)
-        elif equals and key in LOWER and (name != "slurm" or key == "SCALE"):
+        elif equals and key in KEYS and (name != "slurm" or key == "SCALE"):
             rest.append(f"{key.lower()}={value}")
         else:
             rest.append(argument)
     return first + rest
 
 
-def names() -> list[str]:
+def command_names() -> list[str]:
     """Return the names of all commands."""
     modules = {path.stem for path in FOLDER.glob("*.py")} - {"__init__", "__main__", *INTERNAL}
     return sorted(["bench", *MODULES, *(modules - set(MODULES.values()))])
@@ -95,7 +95,7 @@ def names() -> list[str]:
 
 def commands() -> dict[str, str]:
     """Return command -> what it does, in one line."""
-    paths = {name: FOLDER / f"{MODULES.get(name, name)}.py" for name in names()}
+    paths = {name: FOLDER / f"{MODULES.get(name, name)}.py" for name in command_names()}
     return {
         name: "Measure speed: scimult bench NAME" if name == "bench" else _summary(path) for name, path in paths.items()
     }

@@ -24,7 +24,7 @@ from datamodules.readers.checks import SPLITS
 from datamodules.readers.rows import BadLines
 from datamodules.records import UserError, prefixed
 from experiments.config.arguments import named_values, parse
-from experiments.shared.console import entry_point, near
+from experiments.shared.console import entry_point, relative_path
 from experiments.shared.output import whole_folder
 from experiments.shared.progress import Progress
 from experiments.shared.table_formats import Column, Table, print_table
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
                 papers = read_papers(files, bad, options.format, columns)
                 _read(library, _advancing(papers, progress), ", ".join(options.input))
             if num_bad := bad.by_reason.total():  # later ones are queries of a file
-                library.left_out[f"bad records, in {near(quarantine)}"] = num_bad
+                library.left_out[f"bad records, in {relative_path(quarantine)}"] = num_bad
             counts = {kind: _write(library, view, views, bad, folder / kind) for kind, view in VIEW_OF_KIND.items()}
             library.write(folder / IMPORTED)
             summary = {
@@ -141,7 +141,7 @@ def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> Non
     """Print what was created, and what was left out and why. Show the next command."""
     numbers = [Column(f"{split} queries", ",d", folds=True) for split in SPLITS]
     columns = [Column("task"), Column("corpus", "", folds=True), *numbers, Column("pairs", ",d", folds=True)]
-    title = f"{summary['papers']:,} papers of {summary['records']:,} records, in {near(output)}"
+    title = f"{summary['papers']:,} papers of {summary['records']:,} records, in {relative_path(output)}"
     table = Table([*columns, Column("left out", folds=True)], title)
     table.add("(all)", f"{summary['papers']:,} papers", *[None] * 4, _reasons(summary["left_out"]))
     for kind, count in counts.items():
@@ -153,13 +153,13 @@ def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> Non
         table.add(kind, corpus, *queries, pairs, _reasons(count.left_out))
     print_table(table)
     if created := [kind for kind, count in counts.items() if not count.problem]:
-        data = [shlex.quote(f"task.{kind}.data={near(output)}") for kind in created]
+        data = [shlex.quote(f"task.{kind}.data={relative_path(output)}") for kind in created]
         filled = {split for kind in created for split, number in counts[kind].queries.items() if number}
         if "test" not in filled:  # as in a small library
             data.append(f"evaluation.split={'dev' if 'dev' in filled else 'train'}")
         log.info("Next: make train EXP=moe 'tasks=[%s]' %s", ",".join(created), " ".join(data))
     else:
-        raise UserError(f"input: no task can be made of these papers; {near(output) / IMPORTED} has them all")
+        raise UserError(f"input: no task can be made of these papers; {relative_path(output) / IMPORTED} has them all")
 
 
 def _reasons(left_out: Mapping[str, int]) -> str:

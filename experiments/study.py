@@ -16,7 +16,7 @@ from experiments.config.arguments import parse
 from experiments.config.study_file import Job, Study, read_study, studies
 from experiments.results.study_page import collect, page, plot_of, read_study_json, records, tables
 from experiments.run.jobs import JobRunner, is_complete
-from experiments.shared.console import counted, entry_point, near
+from experiments.shared.console import counted, entry_point, relative_path
 from experiments.shared.output import writable_folder
 from experiments.shared.table_formats import (
     Column,
@@ -75,14 +75,18 @@ def main(arguments: Sequence[str]) -> None:
             print_tables(options.format, shown, records(content))
     if runner.failed:
         raise UserError(
-            f"failed: {', '.join(job.name for job in runner.failed)}; their logs are in {near(study.folder)}"
+            f"failed: {', '.join(job.name for job in runner.failed)}; their logs are in {relative_path(study.folder)}"
         )
 
 
 def _run(runner: JobRunner, study: Study) -> None:
     missing = [job for job in runner.jobs if not is_complete(study.folder, job)]
     log.info(
-        "%s: %d of %s to run, in %s", study.name, len(missing), counted(len(runner.jobs), "job"), near(study.folder)
+        "%s: %d of %s to run, in %s",
+        study.name,
+        len(missing),
+        counted(len(runner.jobs), "job"),
+        relative_path(study.folder),
     )
     try:
         runner.run()
@@ -100,7 +104,7 @@ def write_page(study: Study, folder: Path) -> Mapping[str, Any]:
         if content["gains"]:
             write_text(folder / f"{study.name}.svg", plot_of(content))
         write_text(folder / f"{study.name}.md", page(content, f"{study.name}.svg"))
-    log.info("The page is %s", near(folder / f"{study.name}.md"))
+    log.info("The page is %s", relative_path(folder / f"{study.name}.md"))
     return content
 
 

@@ -21,7 +21,7 @@ from experiments.config.experiment import ExperimentOptions, as_dict, load_confi
 from experiments.config.schema import Config
 from experiments.config.sweep_file import Sweep, as_override, check_trials, read_sweep, sweeps
 from experiments.run.trials import Controller, Trial
-from experiments.shared.console import entry_point, near, verbosity
+from experiments.shared.console import entry_point, relative_path, verbosity
 from experiments.shared.plain import say
 from experiments.shared.table_formats import Column, Table, print_table
 from lightning_modules.distributed.signals import Preempted
@@ -88,7 +88,7 @@ def register(sweep: Sweep, config: Config) -> None:
 def run_all(controller: Controller) -> None:
     """Run all trials, print their table, and name the best one."""
     sweep, folder = controller.sweep, controller.folder
-    log.info("%s: %d trials of %s, in %s", sweep.name, len(controller.trials), sweep.experiment, near(folder))
+    log.info("%s: %d trials of %s, in %s", sweep.name, len(controller.trials), sweep.experiment, relative_path(folder))
     check_data(controller)
     try:
         controller.run()
@@ -110,7 +110,7 @@ def run_all(controller: Controller) -> None:
         raise UserError(f"metric.name: no trial logged {sweep.metric}; the logs of the trials are next to their runs")
     settings = " ".join(starmap(as_override, best["parameters"].items()))
     log.info("The best is trial %d (%s): %s %.4f", best["trial"], settings, sweep.metric, best["value"])
-    run = near(best["run"])
+    run = relative_path(best["run"])
     log.info("Its run is in %s. Next: make eval model=%s split=dev", run, shlex.quote(str(run)))
 
 
@@ -130,7 +130,7 @@ def check_data(controller: Controller) -> None:
         loaded[key] = loaded.get(key) or build_data(config)
         if differences := data_differences(trial.folder, config, loaded[key]):
             raise UserError(
-                f"output: trial {trial.number} in {near(controller.folder)} was trained on other data "
+                f"output: trial {trial.number} in {relative_path(controller.folder)} was trained on other data "
                 f"({'; '.join(differences)}). Restore the data, or choose another output for a new sweep."
             )
 

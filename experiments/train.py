@@ -249,8 +249,8 @@ def log_end(loggers: Sequence[RunLogger], table: FinalTable, step: int, files: S
     """Log the final table and, with wandb.checkpoints, the model's files. Then close the loggers."""
     for logger in loggers:
         if table.benchmarks:
-            logger.log_metrics(table.flat(), step=step)
-            logger.log_table("results", *table.rows(), step=step)
+            logger.log_metrics(table.logged_metrics(), step=step)
+            logger.log_table("results", *table.logged_rows(), step=step)
         if table.config.wandb.checkpoints:
             logger.log_model(files)
         logger.close()

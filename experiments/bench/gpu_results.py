@@ -24,7 +24,7 @@ from experiments.bench.workload import Workload
 from experiments.reporting.charts import Chart, dot_rows
 from experiments.reporting.page import environment
 from experiments.reporting.run_files import Source
-from experiments.shared.console import near, table_console
+from experiments.shared.console import relative_path, table_console
 from lightning_modules.retrieval.compute import describe_device
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Results:
         write_json(folder / "gpu.json", content)
         page = environment().from_string(PAGE)
         write_text(folder / "gpu.html", page.render(facts=self.facts, chart=plot(self.figures), tables=tables))
-        log.info("wrote %s and gpu.html", near(folder / "gpu.json"))
+        log.info("wrote %s and gpu.html", relative_path(folder / "gpu.json"))
 
     def _row(self, figure: Figure) -> tuple[str, ...]:
         best = best_of(self.figures, figure.part, figure.unit)
@@ -144,13 +144,13 @@ def plot(figures: list[Figure]) -> Chart | None:
 
 
 def _dots(figures: list[Figure], part: str) -> Iterator[tuple[str, int, Source]]:
-    of_part = [(number, figure) for number, figure in enumerate(figures) if figure.part == part and figure.mfu]
-    ours = [each for each in of_part if each[1].system == OURS]
-    theirs = [each for each in of_part if each[1].system == PEER]
+    candidates = [(number, figure) for number, figure in enumerate(figures) if figure.part == part and figure.mfu]
+    ours = [each for each in candidates if each[1].system == OURS]
+    theirs = [each for each in candidates if each[1].system == PEER]
     default = [each for each in theirs if each[1].is_default]
-    for (system, colour), candidates in zip(SYSTEMS.items(), (ours, theirs, default), strict=True):
-        if candidates:
-            number, figure = max(candidates, key=lambda each: each[1].mfu)
+    for (system, colour), points in zip(SYSTEMS.items(), (ours, theirs, default), strict=True):
+        if points:
+            number, figure = max(points, key=lambda each: each[1].mfu)
             yield system, colour, Source(figure.mfu, f"gpu.json#/figures/{number}/mfu")
 
 

@@ -21,7 +21,7 @@ from experiments.build.data import build_data
 from experiments.build.module import build_module
 from experiments.config.experiment import ExperimentOptions, parse_experiment
 from experiments.config.schema import Config
-from experiments.shared.console import entry_point, near
+from experiments.shared.console import entry_point, relative_path
 from experiments.shared.output import whole_folder
 from lightning_modules.encoders.export import save_dense
 from lightning_modules.retrieval.compute import resolve_device
@@ -61,7 +61,7 @@ def main(arguments: Sequence[str]) -> None:
         _train(model, config, data, options.guide, device.type == "cpu", start)
         log.info("%d steps in %.0f s", config.trainer.max_steps, time.monotonic() - began)
         model.save_pretrained(str(folder))
-    log.info("The model is in %s", near(options.output))
+    log.info("The model is in %s", relative_path(options.output))
 
 
 def pairs_of(config: Config, data: MultiTaskDataModule) -> dict[str, dict[str, list[str]]]:

@@ -15,7 +15,7 @@ import torch
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError, check_name
 from experiments.config.arguments import named_values
-from experiments.config.run_config import config_of_run, packages_option, run_of, runs_there
+from experiments.config.run_config import config_of_run, existing_runs, packages_option, run_of
 from experiments.config.schema import Config
 from experiments.shared.output import name_of, shortened
 from lightning_modules.distributed import launch
@@ -131,7 +131,7 @@ def _resolve(model: str) -> str:
     Raises UserError for a package that is not installed, or a run that does not exist.
     """
     if Path(model).parts[:1] == ("runs",) and not Path(model).exists():  # other names may be on the hub
-        raise UserError(f"model: {model} does not exist. {runs_there()}")
+        raise UserError(f"model: {model} does not exist. {existing_runs()}")
     return installed(model)
 
 

@@ -60,14 +60,14 @@ def _values(options: type, arguments: Sequence[str]) -> tuple[dict[str, Any], li
             rest = [word for word in rest if "=" in word]
         elif rest and "=" not in rest[0]:
             values[field.name] = _convert(option_key(field), hints[field.name], rest.pop(0))
-    unknown = []
+    others = []
     for argument in rest:
         key, equals, text = argument.partition("=")
         if equals and key in fields:
             values[fields[key].name] = _convert(key, hints[fields[key].name], text)
         else:
-            unknown.append(argument)
-    return values, unknown
+            others.append(argument)
+    return values, others
 
 
 def _checked(options: type[T], values: Mapping[str, Any]) -> T:
@@ -188,7 +188,7 @@ def _convert(key: str, hint: Any, text: str) -> Any:
             return None
         return _convert(key, next(each for each in get_args(hint) if each is not type(None)), text)
     if origin in (tuple, list):
-        text = text[1:-1] if text[:1] + text[-1:] == "[]" else text  # as in keys of an experiment
+        text = text[1:-1] if text[:1] + text[-1:] == "[]" else text  # keys of an experiment have brackets
         return origin(_convert(key, get_args(hint)[0], item.strip()) for item in text.split(",") if item)
     if hint is bool:
         if text.lower() not in SWITCH:

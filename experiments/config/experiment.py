@@ -106,17 +106,17 @@ def load_config(
         check_override(text)
     path, folders = experiment_file(experiment), folders_of(experiment)
     scale = ([Config.scale] + [text.partition("=")[2] for text in overrides if text.startswith("scale=")])[-1]
-    _check_name("scale", scale, scales(folders))
+    _check_known("scale", scale, scales(folders))
 
     config = OmegaConf.structured(Config)
     config = _merge(config, OmegaConf.create({"experiment": path.stem, "scale": scale}), "schema")
     scale_files = [file for each in folders if (file := each / "scale" / f"{scale}.yaml").exists()]
     for file in (FOLDER / "base.yaml", *scale_files):
-        config = _merge(config, read_yaml(file, _shown(file)), _shown(file))
+        config = _merge(config, read_yaml(file, _display_path(file)), _display_path(file))
     tasks, broken = _read_tasks(scale, folders)
     for source, layer in tasks:
         config = _merge(config, layer, source)
-    config = _merge(config, read_yaml(path, _shown(path)), _shown(path))
+    config = _merge(config, read_yaml(path, _display_path(path)), _display_path(path))
     known_tasks = sorted(config.task)
     config = _merge_overrides(config, overrides, (*others, *EXPERIMENT_VARIABLES))
 
@@ -129,7 +129,7 @@ def load_config(
     if checks_classes:
         check_machine(finished)
     for name in new_tasks - set(finished.tasks):  # a misspelt task in task.NAME.key=value
-        _check_name("task", name, known_tasks)
+        _check_known("task", name, known_tasks)
     return finished
 
 
@@ -197,17 +197,17 @@ def _with_current_paths(node: Any) -> Any:
     return [_with_current_paths(item) for item in node] if isinstance(node, list) else node
 
 
-def names(folder: Path, reserved: Sequence[str] = ()) -> list[str]:
+def yaml_names(folder: Path, reserved: Sequence[str] = ()) -> list[str]:
     """Return the names of a folder's YAML files, without .yaml."""
     return sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in reserved)
 
 
 def experiments() -> list[str]:
-    return names(FOLDER, RESERVED)
+    return yaml_names(FOLDER, RESERVED)
 
 
 def scales(folders: Sequence[Path] = (FOLDER,)) -> list[str]:
-    return sorted({name for folder in folders for name in names(folder / "scale")})
+    return sorted({name for folder in folders for name in yaml_names(folder / "scale")})
 
 
 def experiment_file(experiment: str) -> Path:
@@ -218,7 +218,7 @@ def experiment_file(experiment: str) -> Path:
             raise UserError(f"experiment: {experiment} does not exist")
         check_name("experiment", path.stem)
         return path
-    _check_name("experiment", experiment, experiments())
+    _check_known("experiment", experiment, experiments())
     return FOLDER / f"{experiment}.yaml"
 
 
@@ -228,11 +228,11 @@ def folders_of(experiment: str) -> list[Path]:
     return list(dict.fromkeys([FOLDER, folder]))
 
 
-def _shown(path: Path) -> str:
+def _display_path(path: Path) -> str:
     return str(path.relative_to(FOLDER.parent) if path.is_relative_to(FOLDER) else path)
 
 
-def _check_name(what: str, name: str, expected: Sequence[str]) -> None:
+def _check_known(what: str, name: str, expected: Sequence[str]) -> None:
     if name not in expected:
         raise unknown(what, name, expected)
 
@@ -243,10 +243,10 @@ def _read_tasks(scale: str, folders: Sequence[Path]) -> tuple[list[tuple[str, Di
     A broken file only stops experiments that name its task.
     """
     layers, broken = [], {}
-    for path in [folder / "tasks" / f"{name}.yaml" for folder in folders for name in names(folder / "tasks")]:
+    for path in [folder / "tasks" / f"{name}.yaml" for folder in folders for name in yaml_names(folder / "tasks")]:
         name = path.stem
         try:
-            layers.append((_shown(path), OmegaConf.create({"task": {name: _read_task(path, scale)}})))
+            layers.append((_display_path(path), OmegaConf.create({"task": {name: _read_task(path, scale)}})))
         except UserError as error:
             broken[name] = error
     return layers, broken
@@ -254,7 +254,7 @@ def _read_tasks(scale: str, folders: Sequence[Path]) -> tuple[list[tuple[str, Di
 
 def _read_task(path: Path, scale: str) -> DictConfig:
     """Read a task's file, with the data of one scale. If it has none, the scale's own file must set them."""
-    source, prefix = _shown(path), f"task.{path.stem}."
+    source, prefix = _display_path(path), f"task.{path.stem}."
     task = read_yaml(path, source)
     blocks = task.pop("data", None) or {}
     if not isinstance(blocks, DictConfig | dict):
@@ -304,7 +304,7 @@ def _check_tasks(config: Config, known_tasks: Sequence[str]) -> None:
     if len(set(config.tasks)) < len(config.tasks):
         raise UserError(f"tasks: each task may be named only once, got {', '.join(config.tasks)}")
     for name in config.tasks:
-        _check_name("task", name, known_tasks)
+        _check_known("task", name, known_tasks)
         check_name("task", name)
         task = config.task[name]
         task.data = {key: node for key, node in task.data.items() if node is not None}

@@ -35,10 +35,10 @@ def config_of_run(run: Path | None, packages: Sequence[str] = ()) -> Config | No
     return config
 
 
-def runs_there() -> str:
-    """Return a list of the runs in runs/, for error messages."""
+def existing_runs() -> str:
+    """Return a sentence that lists the runs in runs/, for error messages."""
     runs = sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml"))
-    return f"In runs/ there are: {', '.join(runs) or 'none'}"
+    return f"The runs in runs/ are: {', '.join(runs) or 'none'}"
 
 
 def packages_option() -> Any:

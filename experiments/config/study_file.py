@@ -22,7 +22,7 @@ from pathlib import Path
 
 from datamodules.options import option
 from datamodules.records import UserError, explained, prefixed
-from experiments.config.experiment import FOLDER, names
+from experiments.config.experiment import FOLDER, yaml_names
 from experiments.config.structured import read_yaml, structured, unknown
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -101,7 +101,7 @@ class Study:
 
 def studies() -> list[str]:
     """Return the names of the files in experiments/studies."""
-    return names(FOLDER / "studies")
+    return yaml_names(FOLDER / "studies")
 
 
 def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()) -> Study:

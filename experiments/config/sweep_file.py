@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.options import option
 from datamodules.records import UserError, prefixed
-from experiments.config.experiment import FOLDER, experiment_file, folders_of, load_config, names
+from experiments.config.experiment import FOLDER, experiment_file, folders_of, load_config, yaml_names
 from experiments.config.schema import Config
 from experiments.config.structured import did_you_mean, expected_one_of, read_yaml, structured, unknown
 from experiments.config.sweep_parameters import Parameter, fixed_trials, read_parameters
@@ -190,7 +190,7 @@ class Sweep:
 
 def sweeps() -> list[str]:
     """Return the names of the files in experiments/sweeps."""
-    return names(FOLDER / "sweeps")
+    return yaml_names(FOLDER / "sweeps")
 
 
 def read_sweep(name: str, experiment: str, overrides: Sequence[str] = (), run_cap: int | None = None) -> Sweep:

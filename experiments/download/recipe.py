@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from datamodules.options import option
 from datamodules.readers.checks import SPLITS
 from datamodules.records import Reader, UserError, check_name
-from experiments.config.experiment import names
+from experiments.config.experiment import yaml_names
 from experiments.config.overrides import check_override, parse_override
 from experiments.config.structured import read_yaml, structured, unknown
 from experiments.config.targets import check_target
@@ -66,7 +66,7 @@ class Recipe:
 
 def recipes() -> list[str]:
     """Return the names of the recipes in experiments/recipes."""
-    return names(FOLDER)
+    return yaml_names(FOLDER)
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -13,7 +13,7 @@ from typing import Any
 from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.config.experiment import read_config
-from experiments.config.run_config import runs_there
+from experiments.config.run_config import existing_runs
 from experiments.results.results import Results, read_results
 from experiments.run.folder import manifest_of
 from experiments.run.trials import read_rows
@@ -57,7 +57,7 @@ class RunFiles:
 
     def __init__(self, path: Path):
         if not (path / CONFIG).is_file():
-            raise UserError(f"RUN: {path} is not a run's folder (it has no {CONFIG}). {runs_there()}")
+            raise UserError(f"RUN: {path} is not a run's folder (it has no {CONFIG}). {existing_runs()}")
         self.path = path
         self.config = read_config(path)
         self.computed: dict[str, Any] = {}

@@ -19,7 +19,7 @@ from datamodules.files import regular
 from datamodules.records import Benchmark, Document, UserError
 from experiments.build.benchmarks import BenchmarkOptions, collection_benchmarks, suite_benchmarks
 from experiments.config.arguments import parse_known
-from experiments.config.run_config import config_of_run, run_of, runs_there
+from experiments.config.run_config import config_of_run, existing_runs, run_of
 from experiments.results.results import BenchmarkTable, Results, RunInfo, read_results
 from lightning_modules.retrieval.trec import decode_id
 
@@ -152,7 +152,7 @@ def _open_system(key: str, name: str) -> MeasuredSystem:
     folder = Path(folder)
     path = folder / "results.json"
     if not folder.exists():
-        raise UserError(f"{key}: {folder} does not exist. {runs_there()}")
+        raise UserError(f"{key}: {folder} does not exist. {existing_runs()}")
     if not path.is_file():
         others = ", ".join(sorted(str(p.parent) for p in folder.glob("evaluation/*/results.json")))
         hint = f"; use {others}" if others else " (complete runs and the output folders of make eval have one)"

@@ -86,14 +86,14 @@ class FinalTable:
         if rank() == 0:
             self.results.write(self.folder.results)
 
-    def flat(self) -> dict[str, float]:
+    def logged_metrics(self) -> dict[str, float]:
         """Return the trained encoder's metrics for loggers: <split>/<benchmark>/<metric>, and the mean of the first."""
         split, first = self.results.info.split, self.results.info.metrics[0]
         trained = {name: table.systems["trained"].metrics for name, table in self.results.benchmarks.items()}
         values = {f"{split}/{name}/{metric}": x for name, metrics in trained.items() for metric, x in metrics.items()}
         return values | {f"{split}/mean/{first}": self.results.means()["trained"]}
 
-    def rows(self) -> tuple[list[str], list[list[Any]]]:
+    def logged_rows(self) -> tuple[list[str], list[list[Any]]]:
         """Return columns and rows of the table, for loggers."""
         metrics = self.results.info.metrics
         rows = [

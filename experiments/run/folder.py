@@ -45,31 +45,12 @@ log = logging.getLogger(__name__)
 
 # Prefixes of keys that may change between the attempts of a run.
 CHANGEABLE = (
-    "run.dir",
-    "run.resume",
-    "wandb.",
-    "loggers",
-    "evaluation.",
-    "checkpoint.",
-    "extend.packages",
-    "data.num_workers",
-    "data.token_budget",
-    "data.cache",
+    *("run.dir", "run.resume", "wandb.", "loggers", "evaluation.", "checkpoint.", "extend.packages"),
+    *("data.num_workers", "data.token_budget", "data.cache", "mining.memory_mb", "mining.store"),
     # These two change with the number of ranks; the loader checks that the global batch stays the same.
-    "data.batch_size",
-    "data.batch_tokens",
-    "mining.memory_mb",
-    "mining.store",
-    "trainer.max_steps",
-    "trainer.max_epochs",
-    "trainer.accelerator",
-    "trainer.devices",
-    "trainer.num_nodes",
-    "trainer.log_every_n_steps",
-    "trainer.strategy",
-    "trainer.timeout",
-    "trainer.peak_tflops",
-    "trainer.compile",
+    *("data.batch_size", "data.batch_tokens"),
+    *("trainer.max_steps", "trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
+    *("trainer.log_every_n_steps", "trainer.strategy", "trainer.timeout", "trainer.peak_tflops", "trainer.compile"),
 )
 PACKAGES = ("torch", "lightning", "transformers", "omegaconf", "wandb", "faiss-cpu", "faiss-gpu", "bm25s", "numpy")
 
@@ -217,7 +198,7 @@ def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule
         return
     recorded, current = manifest["data"], describe_data(data)
     # In memory and in the cache, the same collection has different fingerprints, which the schedule depends on.
-    if any(_part(recorded, name, "fingerprint") != _part(current, name, "fingerprint") for name in current):
+    if any(_value_of(recorded, name, "fingerprint") != _value_of(current, name, "fingerprint") for name in current):
         raise UserError(
             f"data.cache: {then or 'null'} when the run began, {now or 'null'} now. A run cannot resume with another "
             f"kind of collections; set data.cache={then or 'null'}"
@@ -235,13 +216,13 @@ def data_differences(path: Path, config: Config, data: MultiTaskDataModule) -> l
     # Collections in memory and in the cache have different fingerprints.
     keys = ("documents", "queries", *(["fingerprint"] if bool(_cache_of(path)) == bool(config.data.cache) else []))
     return [
-        f"{name}: {key} {_part(then, name, key)} then, {_part(now, name, key)} now"
+        f"{name}: {key} {_value_of(then, name, key)} then, {_value_of(now, name, key)} now"
         for name in dict.fromkeys((*then, *now) if then else ())
-        if (key := next((key for key in keys if _part(then, name, key) != _part(now, name, key)), None))
+        if (key := next((key for key in keys if _value_of(then, name, key) != _value_of(now, name, key)), None))
     ]
 
 
-def _part(data: Mapping[str, Any], collection: str, key: str) -> Any:
+def _value_of(data: Mapping[str, Any], collection: str, key: str) -> Any:
     return data.get(collection, {}).get(key)
 
 
@@ -292,7 +273,7 @@ def record_start(
     if job := launch.slurm_job():
         attempt["job"] = job
     manifest["attempts"].append(attempt)
-    manifest = {"start": start} | manifest  # at a resume, the one of the first attempt
+    manifest = {"start": start} | manifest  # a resumed run keeps the start of its first attempt
     manifest |= {
         "python": platform.python_version(),
         "machine": platform.platform(),

@@ -14,7 +14,7 @@ from datamodules.files import read_json, write_json
 from datamodules.records import UserError
 from experiments.config.study_file import Job
 from experiments.run.runner import Runner, log_tail
-from experiments.shared.console import near
+from experiments.shared.console import relative_path
 from lightning_modules.distributed.signals import PREEMPTED
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,11 @@ class JobRunner(Runner[Job]):
             elif status != PREEMPTED:
                 self.failed.append(job)
                 log.error(
-                    "%s failed with status %d; %s ends with\n%s", job.name, status, near(output), log_tail(output)
+                    "%s failed with status %d; %s ends with\n%s",
+                    job.name,
+                    status,
+                    relative_path(output),
+                    log_tail(output),
                 )
                 return
         if len(seconds) == len(job.commands):
@@ -100,7 +104,7 @@ def seconds_of(folder: Path, job: Job) -> list[float]:
         differing = next(((a, b) for a, b in zip(then, words, strict=False) if a != b), ("more words", "fewer words"))
         raise UserError(
             f"{job.name} was begun with other commands ({differing[0]} then, {differing[1]} now); choose another "
-            f"output, or delete {near(path)} and what the job has made"
+            f"output, or delete {relative_path(path)} and what the job has made"
         )
     has_results = (job.output / "results.json").is_file()
     return record["seconds"] if has_results else record["seconds"][: len(job.commands) - 1]

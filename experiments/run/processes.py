@@ -186,7 +186,7 @@ def share_of(part: str, environment: Mapping[str, str] = os.environ) -> Share:
         srun divide it further.
     Raises UserError for an invalid part.
     """
-    index, count = _part(part, environment)
+    index, count = _parse_part(part, environment)
     # SLURM_NTASKS would be wrong here: a batch script without srun has it too, but is a single process.
     srun = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     for rank_key, size_key, local_key in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), srun):
@@ -197,7 +197,7 @@ def share_of(part: str, environment: Mapping[str, str] = os.environ) -> Share:
     return Share(index, count, launch.number("LOCAL_RANK", 0, environment))
 
 
-def _part(part: str, environment: Mapping[str, str]) -> tuple[int, int]:
+def _parse_part(part: str, environment: Mapping[str, str]) -> tuple[int, int]:
     """Return the index of the part, from 0, and the number of parts."""
     if part:
         match = re.fullmatch(r"(\d+)/(\d+)", part)

@@ -26,7 +26,7 @@ from experiments.config.experiment import ROOT
 from experiments.config.sweep_file import Sweep, as_override
 from experiments.config.sweep_parameters import suggest_trial
 from experiments.run.runner import Runner, log_tail, send
-from experiments.shared.console import near
+from experiments.shared.console import relative_path
 from lightning_modules.distributed.signals import PREEMPTED
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ MAX_FAILED = 3  # the sweep ends if that many trials fail before any has succeed
 POLL_EVERY = 3.0  # seconds between two checks of the metric that a trial logs
 REPORT_EVERY = 20.0  # seconds between two log lines on a trial's progress
 ENDED = ("finished", "stopped")  # stopped: by early_terminate
-OF_MAKE = ("EXTRAS=", "PYTHON=", "VENV=")  # variables that only make has
+MAKE_ONLY = ("EXTRAS=", "PYTHON=", "VENV=")  # variables that only make has
 
 
 @dataclass(frozen=True)
@@ -206,14 +206,14 @@ class Controller(Runner[Trial]):
             log.info("trial %d %s: %s %s", trial.number, state, self.sweep.metric, value)
         elif state == "failed":
             self._failed.append(trial)
-            log.error("trial %d failed with status %d; its log is %s", trial.number, status, near(trial.log))
+            log.error("trial %d failed with status %d; its log is %s", trial.number, status, relative_path(trial.log))
         else:
             log.info("trial %d was preempted and will be resumed later", trial.number)
 
     def _run_process(self, trial: Trial, lock: IO[str]) -> int:
         command = self.sweep.command(trial.arguments(self.sweep))
         if command[0] == "make":  # the same with this interpreter, and not with that of the Makefile
-            words = [word for word in command[1:] if not word.startswith(OF_MAKE)]
+            words = [word for word in command[1:] if not word.startswith(MAKE_ONLY)]
             command = [sys.executable, "-m", "experiments", *words]
         with self.process(command, trial.log, lock, ROOT) as process:
             return self._watch(trial, process)

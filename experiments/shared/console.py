@@ -134,7 +134,7 @@ def counted(count: int, word: str) -> str:
     return f"{count:,} {word}{'' if count == 1 else 's'}"
 
 
-def near(path: Path | str) -> Path:
+def relative_path(path: Path | str) -> Path:
     """Return a path relative to the working directory if it is inside it, else unchanged."""
     path = Path(path)
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -186,7 +186,7 @@ def test_reasons_are_grouped_and_folders_have_short_names(tmp_path, monkeypatch)
         (["A={a}", "B={a}", "single=search:{a}"], "B and single: set only one"),
         (["A={a}", "B={a}", "lower_is_better=yes"], "lower_is_better: only used with single"),
         (["A={a}", "single=search:{a}", "examples=2"], "examples: .*leave it out with single"),
-        (["A={a}", "B=nowhere"], "B: nowhere does not exist. In runs/ there are: "),
+        (["A={a}", "B=nowhere"], "B: nowhere does not exist. The runs in runs/ are: "),
         (["A={a}:bm25", "B={a}"], "A: which system of .*Expected one of .*:encoder"),
         (["A={a}", "B={a}", "benchmark=other"], "benchmark: no results on other; choose from generated"),
         (["A={a}", "B={a}", "metric=ndcg@7"], "nothing could be compared"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.__main__ import names
+from experiments.__main__ import command_names
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,7 +122,7 @@ def test_every_target_runs_the_command_of_its_name(project):
     text = (ROOT / "Makefile").read_text(encoding="utf-8")
     experiments, others = (re.search(rf"override {name} := (.*)", text)[1] for name in ("OF_EXPERIMENTS", "COMMANDS"))
     experiments, others = experiments.split(), others.split()[1:]
-    assert {*experiments, *others, "import"} == set(names()) - {"sample"}
+    assert {*experiments, *others, "import"} == set(command_names()) - {"sample"}
     for target in [*experiments, *others]:
         before = {"data": ["RECIPE=scimult"], "bench": ["BENCH=encoder_cost"]}.get(target, [])
         before = ["EXP=moe", "SCALE=sample"] if target in experiments else before

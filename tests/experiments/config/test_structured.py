@@ -73,7 +73,7 @@ def test_files_that_would_not_end_raise_user_error(tmp_path, monkeypatch, place,
     make, message = BOMBS[bomb]
     path = tmp_path / "config.yaml"
     make(path)
-    monkeypatch.setattr(experiment, "_shown", str)
+    monkeypatch.setattr(experiment, "_display_path", str)
     with pytest.raises(UserError, match=message):
         PLACES[place](path, monkeypatch)
 
