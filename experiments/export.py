@@ -117,19 +117,19 @@ def main(arguments: Sequence[str]) -> None:
     with whole_folder(output, replaces=options.overwrite) as folder:
         (folder / MARKER).write_text(MARKER_TEXT)
         for task in tasks:
-            place, plain = folder / (task if options.task == "all" else ""), encoder
+            path, plain = folder / (task if options.task == "all" else ""), encoder
             if options.format == "pretrained":
-                encoder.save_pretrained(place)
+                encoder.save_pretrained(path)
             else:
-                save_dense(encoder, task, place, similarity)
+                save_dense(encoder, task, path, similarity)
                 plain = dense(encoder, task)
             hub = options.hub_details(task)
             write_card(
-                place, plain, options.model, run, similarity, task, origin=encoder.origin, fingerprint=measured, hub=hub
+                path, plain, options.model, run, similarity, task, origin=encoder.origin, fingerprint=measured, hub=hub
             )
-            (place / MARKER).write_text(MARKER_TEXT)
+            (path / MARKER).write_text(MARKER_TEXT)
             if options.onnx:
-                save_onnx(place)
+                save_onnx(path)
         check_output(output, options.overwrite, inputs)  # again, because it may have changed during the export
     loader = "load_encoder" if options.format == "pretrained" else "SentenceTransformer"
     for task in tasks:

@@ -178,9 +178,9 @@ class SciRepEvalTask:
 def _read_tasks(path: Path) -> dict[str, SciRepEvalTask]:
     tasks = {}
     with BadLines("fail") as bad:
-        for place in read_records(path, bad):
-            with place:
-                record = as_object(place)
+        for row in read_records(path, bad):
+            with row:
+                record = as_object(row)
                 check_choice("type", record.get("type"), list(SCIREPEVAL))
                 try:
                     config = str(record["data"]["meta"]["config"])

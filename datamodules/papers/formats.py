@@ -199,7 +199,7 @@ def read_papers(
             count += 1
             papers, record = [], None
             with row:
-                is_null = row.entry is not None and row.value is None  # for an unknown id in a batch of an API
+                is_null = row.entry is not None and row.value is None  # an API's answer for an unknown id
                 record = None if is_null else as_object(row)
                 papers.append(None if record is None else make(record))
             if is_first and record is not None and name in TABLES:

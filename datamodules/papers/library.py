@@ -50,7 +50,7 @@ class Library:
         self.database, self.splits = connection, splits
         self.database.create_function("fold", 1, str.casefold, deterministic=True)
         self.database.executescript(SCHEMA)
-        self.database.execute("BEGIN")  # one transaction, because each would write its pages
+        self.database.execute("BEGIN")  # a transaction per paper would write its pages each time
         self.left_out: Counter[str] = Counter()
         self.num_records = 0
 

@@ -26,9 +26,9 @@ from datamodules.records import Collection, Document, Qrels, UserError, check_ch
 log = logging.getLogger(__name__)
 
 MATCHING, GENERATION = "image_caption_matching_data.json", "image_caption_generation_data.json"
-MISSING = ("No caption available", "No description available")  # what the published files have for an empty caption
+MISSING = ("No caption available", "No description available")  # stand for an empty caption
 NUMBER = re.compile(r"\s*fig\w*\.?\s*(\d{1,3})\s*[:.|]?\s*", re.IGNORECASE)  # "Figure 2: ..."
-PANEL = re.compile(r"(?:^|(?<=[.!?;:] ))\(([a-z])\)")  # of a caption: "(a) Spectra. (b) ..."
+PANEL = re.compile(r"(?:^|(?<=[.!?;:] ))\(([a-z])\)")  # panels of a caption: "(a) Spectra. (b) ..."
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z(])")
 MENTION = re.compile(r"(?<!Supplementary )\bFig(?:ure)?s?\.?\s*(\d{1,3})([a-z]?)")
 OPTION = re.compile(r"\n([A-D]): ")
@@ -145,11 +145,11 @@ class MMSciReader(FolderReader):
         check_folder(raw, "CATEGORY/SUBJECT/ID/ID_data.json")
         files: dict[str, tuple[Path, list[tuple[str, str]]]] = {}
         for folder in sorted(raw.glob("*/*/*/")):
-            id, place = folder.name, (folder.parts[-3], folder.parts[-2])
+            id, subject = folder.name, (folder.parts[-3], folder.parts[-2])
             if id in files:
-                files[id][1].append(place)
+                files[id][1].append(subject)
             elif path := find_optional_file(folder, f"{id}_processed_data.json", f"{id}_data.json"):
-                files[id] = path, [place]
+                files[id] = path, [subject]
         if not files:
             raise UserError(f"{raw}: contains no articles; expected CATEGORY/SUBJECT/ID/ID_data.json")
         return files
@@ -181,9 +181,9 @@ class MMSciReader(FolderReader):
 
     def _articles(self, bad: BadLines) -> Iterator[_Article]:
         splits = self._splits()
-        for id, (path, places) in self._article_files().items():
+        for id, (path, subjects) in self._article_files().items():
             split = splits.get(id, "train") if splits else split_of(id, self.dev_percent, self.test_percent)
-            article = _Article(id, split, list(dict.fromkeys(subject for _, subject in places)))
+            article = _Article(id, split, list(dict.fromkeys(subject for _, subject in subjects)))
             for key, row in read_members(path, bad, (), optional=("title", "abstract", *MEMBERS[self.view])):
                 with row:
                     _add_member(article, key, row)
@@ -220,8 +220,8 @@ class MMSciReader(FolderReader):
 
     def _subjects(self, articles: Mapping[str, _Article], bad: BadLines):
         categories: dict[str, list[str]] = {}
-        for _, places in self._article_files().values():
-            for category, subject in places:
+        for _, subjects in self._article_files().values():
+            for category, subject in subjects:
                 if category not in (known := categories.setdefault(subject, [])):
                     known.append(category)
         corpus = {subject: Document(subject, subject, ", ".join(known)) for subject, known in categories.items()}

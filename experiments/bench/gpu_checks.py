@@ -22,9 +22,9 @@ from lightning_modules.encoders import attention
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.compute import computing_in
 
-NUM_TEXTS = 48  # of the equality checks
-LOWEST_COSINE, HIGHEST_ERROR = 0.9999, 2e-2  # in bf16, compared with float32
-NUM_BATCHES = {"cuda": 500, "cpu": 40}  # in which recompilations are counted
+NUM_TEXTS = 48  # texts of each equality check
+LOWEST_COSINE, HIGHEST_ERROR = 0.9999, 2e-2  # bounds for bf16, compared with float32
+NUM_BATCHES = {"cuda": 500, "cpu": 40}  # batches over which recompilations are counted
 MAX_GRAPHS = 16
 PROJECT = str(Path(__file__).parents[2])
 
@@ -81,8 +81,8 @@ def _other_family(family: str, workload: Workload) -> Encoder:
     sizes = {"vocab_size": 30_522, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
     torch.manual_seed(0)
     if family in ("RoBERTa", "MPNet"):
-        of_family = RobertaConfig if family == "RoBERTa" else MPNetConfig
-        config = of_family(**sizes, intermediate_size=512, max_position_embeddings=514, pad_token_id=1)
+        config_class = RobertaConfig if family == "RoBERTa" else MPNetConfig
+        config = config_class(**sizes, intermediate_size=512, max_position_embeddings=514, pad_token_id=1)
     else:
         config = ModernBertConfig(
             **sizes, intermediate_size=256, local_attention=64, global_attn_every_n_layers=2, pad_token_id=0

@@ -34,8 +34,8 @@ from lightning_modules.throughput import encoder_ceiling, forward_flops, gemm_ce
 
 OURS = "this project"
 DEVICE = "device"
-BATCH_SIZES = {"cpu": (8,), "cuda": (128, 256, 512)}  # of sentence-transformers, in addition to its default
-MINI_BATCHES = {"cpu": (8,), "cuda": (32, 256)}  # of its GradCache; 32 is its default
+BATCH_SIZES = {"cpu": (8,), "cuda": (128, 256, 512)}  # for sentence-transformers, next to its default
+MINI_BATCHES = {"cpu": (8,), "cuda": (32, 256)}  # chunks of its GradCache; 32 is its default
 DROPOUTS = {"dropout 0": (0.0, 0.0), "dropout 0.1": (0.1, 0.0), "dropout 0.1, of attention too": (0.1, 0.1)}
 K = 100  # documents per query
 

@@ -16,7 +16,7 @@ from lightning_modules.encoders.backbone import quiet_transformers
 from lightning_modules.encoders.export import save_dense
 
 PEER = "sentence-transformers"
-DEFAULT_BATCH = 32  # of its encode
+DEFAULT_BATCH = 32  # default batch size of its encode()
 LOSSES = ("sentence_transformers.sentence_transformer.losses", "sentence_transformers.losses")  # since 6.2, and before
 
 

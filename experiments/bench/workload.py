@@ -37,9 +37,9 @@ SHAPES: dict[str, dict[str, int]] = {
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256},
 }
-NUM_WORDS, NUM_SUFFIXES = 28_000, 2465  # with special tokens and letters, the 30,522 tokens of BERT
+NUM_WORDS, NUM_SUFFIXES = 28_000, 2465  # special tokens and letters make them BERT's 30,522
 SPLIT_WORDS = 0.2  # share of the words that have two pieces
-SPREAD = 0.43  # of the logarithm of a length; in titles with abstracts, the 90th percentile is 1.74 times the median
+SPREAD = 0.43  # deviation of log(length): the 90th percentile of titles with abstracts is 1.74 times the median
 
 
 @dataclass

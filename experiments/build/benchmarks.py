@@ -125,8 +125,8 @@ def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> l
     if options.task:
         benchmarks = [benchmark for benchmark in benchmarks if benchmark.task == options.task]
     if not benchmarks:
-        of_task = f" of task {options.task}" if options.task else ""
-        raise UserError(f"split: the data{of_task} has no split {options.split!r} (usual splits: train, dev, test)")
+        suffix = f" of task {options.task}" if options.task else ""
+        raise UserError(f"split: the data{suffix} has no split {options.split!r} (usual splits: train, dev, test)")
     return benchmarks
 
 

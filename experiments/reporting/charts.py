@@ -20,7 +20,7 @@ WIDTH, HEIGHT = 340, 190
 CHARACTER = 6.6  # width of a digit in the style sheet's font
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 10, 26
 MAX_POINTS, MAX_MARKS, FEW_POINTS = 400, 60, 5
-NUM_COLOURS = 8  # in the style sheet
+NUM_COLOURS = 8  # classes s0, s1, ... of the style sheet
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def line_chart(title: str, series: Sequence[Series], form: str = ".3f", zero: bo
         shapes.append(_rule(x.start, x.end, y(0), y(0), "axis"))
     for line in series:
         points = [(s, v) for s, v in zip(line.steps, line.values, strict=True) if math.isfinite(v.value)]
-        places = " ".join(f"{x(step):.1f},{y(value.value):.1f}" for step, value in points)
-        shapes.append(Markup('<polyline points="{}" class="line s{}"/>').format(places, line.colour))
+        coordinates = " ".join(f"{x(step):.1f},{y(value.value):.1f}" for step, value in points)
+        shapes.append(Markup('<polyline points="{}" class="line s{}"/>').format(coordinates, line.colour))
         style = "dot" if len(points) <= FEW_POINTS else "mark"
         for step, value in points if len(points) <= MAX_MARKS else ():
             text = f"{line.label}, step {step}: {format_number(value.value, form)}"

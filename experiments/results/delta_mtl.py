@@ -31,7 +31,7 @@ def open_single_task_models(
                 f"single: expected TASK:FOLDER, where A has results of TASK ({', '.join(tasks)}), got {entry}"
             )
         names[task].append(name)
-    return {task: open_systems(f"single={task}", of_task, packages) for task, of_task in names.items()}
+    return {task: open_systems(f"single={task}", folders, packages) for task, folders in names.items()}
 
 
 def compare_with_single_tasks(
@@ -51,10 +51,10 @@ def compare_with_single_tasks(
     """
     tables = {name: table for system in joint for name, table in system.benchmarks.items()}
     for task, systems in single.items():
-        of_task = {name: table for system in systems for name, table in system.benchmarks.items() if table.task == task}
-        if not of_task:
+        results = {name: each for system in systems for name, each in system.benchmarks.items() if each.task == task}
+        if not results:
             raise UserError(f"single={task}: {systems[0].folder} has no results of {task}; evaluate it on that task")
-        tables |= {name: table for name, table in of_task.items() if name not in tables}
+        tables |= results | tables
     if unknown := set(benchmarks) - set(tables):
         raise UserError(f"benchmark: no results on {', '.join(sorted(unknown))}; choose from {', '.join(tables)}")
     values: dict[str, dict[str, Any]] = defaultdict(dict)

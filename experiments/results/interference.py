@@ -35,11 +35,11 @@ def gradient_cosines(run: Path) -> dict[str, float]:
 
 def check_transplants(transplants: Mapping[str, str], benchmarks: Content) -> None:
     """Raise UserError unless the two benchmarks of each transplant, if they were measured, are the same data."""
-    for name, own in transplants.items():
-        if {name, own} <= benchmarks.keys() and any(
-            benchmarks[name][key] != benchmarks[own][key] for key in ("data", "metric")
+    for name, original in transplants.items():
+        if {name, original} <= benchmarks.keys() and any(
+            benchmarks[name][key] != benchmarks[original][key] for key in ("data", "metric")
         ):
-            raise UserError(f"transplants.{name}: expected the data and the main metric of {own}, got others")
+            raise UserError(f"transplants.{name}: expected the data and the main metric of {original}, got others")
 
 
 def interference(
@@ -55,10 +55,10 @@ def interference(
     transplants: benchmark that another task's expert ranks -> the same data under their own task.
     """
     measured: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
-    for name, own in transplants.items():
-        if all({name, own} <= system.benchmarks.keys() for system in systems):
-            by_other, by_own, _ = aligned_values(systems, systems, name, benchmarks[own]["metric"], own)
-            measured[benchmarks[own]["task"], benchmarks[name]["task"]].append((by_other, by_own))
+    for name, original in transplants.items():
+        if all({name, original} <= system.benchmarks.keys() for system in systems):
+            by_other, by_own, _ = aligned_values(systems, systems, name, benchmarks[original]["metric"], original)
+            measured[benchmarks[original]["task"], benchmarks[name]["task"]].append((by_other, by_own))
     cosines: dict[tuple[str, str], float] = {}
     for key in sorted(set.intersection(*(set(run["cosines"]) for run in runs))):
         task, other = key.split("/")

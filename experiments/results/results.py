@@ -11,16 +11,8 @@ from typing import Any
 from datamodules.files import RECREATED, read_json, write_json
 from datamodules.records import UserError, check_name, explained
 
-OMITTED_IF_NONE = (
-    "document_fingerprint",
-    "texts",
-    "draws",
-    "spread",
-    "cost",
-    "tokens_per_second",
-    "mfu",
-    "money",
-)  # keys that are left out if None; others are written as null
+# Keys that are left out if None. Others are written as null.
+OMITTED_IF_NONE = ("document_fingerprint", "texts", "draws", "spread", "cost", "tokens_per_second", "mfu", "money")
 
 
 @dataclass(kw_only=True)

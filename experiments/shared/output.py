@@ -51,8 +51,8 @@ def name_of(path: Path | str) -> str:
     return Path(os.path.abspath(path)).name
 
 
-def shortened(name: str, longest: int = 60) -> str:
-    """Cut a folder name after `longest` characters. A hash keeps it unique."""
-    if len(name) <= longest:
+def shortened(name: str) -> str:
+    """Cut a folder name after 60 characters. A hash keeps it unique."""
+    if len(name) <= 60:
         return name
-    return f"{name[:longest]}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"
+    return f"{name[:60]}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

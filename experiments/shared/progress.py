@@ -56,8 +56,8 @@ class Progress(ProgressLines):
         if self.bar:
             self.bar.update(self.task, completed=done, total=total)
         elif self.unit == "bytes":
-            of_total = f" of {total / 1e6:,.0f}" if total else ""
-            self.log_sometimes(f"{done / 1e6:,.0f}{of_total} MB")
+            goal = f" of {total / 1e6:,.0f}" if total else ""
+            self.log_sometimes(f"{done / 1e6:,.0f}{goal} MB")
         else:
             super().report(done, total)
 

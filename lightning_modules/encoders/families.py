@@ -344,7 +344,7 @@ def _key_value(norm: Any, attn: Any, rows: Tensor) -> Tensor:
 
 def _projected_by(linear: nn.Module, outputs: slice, rows: Tensor) -> Tensor:
     """Compute some outputs of a linear layer."""
-    if not isinstance(linear, nn.Linear):  # with LoRA, its weight is not all of it
+    if not isinstance(linear, nn.Linear):  # a layer of LoRA computes more than its weight does
         return linear(rows)[:, outputs]
     return F.linear(rows, linear.weight[outputs], None if linear.bias is None else linear.bias[outputs])
 

@@ -43,7 +43,7 @@ from lightning_modules.parts import expert_in, without_expert
 log = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 512  # maximum number of tokens of a plain model that says nothing else
-RUN_CHECKPOINTS = {  # in the order of checkpoint_of
+RUN_CHECKPOINTS = {  # in the order in which checkpoint_of looks for them
     "merged.ckpt": "average of the trained weights and those before training",
     "best.ckpt": "best on the dev data",
     "last.ckpt": "end of the training",

@@ -113,7 +113,7 @@ class MoEEncoder(Encoder):
         names = list(dict.fromkeys(experts))
         order = sorted(range(len(experts)), key=lambda i: names.index(experts[i]))
         tokens = tokens.select(order)
-        ends = {experts[text]: i + 1 for i, text in enumerate(order)}  # of each expert's texts
+        ends = {experts[text]: i + 1 for i, text in enumerate(order)}  # end of each expert's texts
         starts = np.cumsum((0, *tokens.lengths)).tolist()
         by_text, by_token, start = [], [], 0
         for name, end in ends.items():

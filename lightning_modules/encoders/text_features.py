@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 POSITIONS = 1 << 16  # more than a text has tokens
 KEYS_AT_ONCE = 1 << 16  # texts
-MULTIPLIERS = (-7046029254386353131, -4658895280553007687)  # of SplitMix64 (Steele et al., 2014), as signed numbers
+MULTIPLIERS = (-7046029254386353131, -4658895280553007687)  # SplitMix64's (Steele et al., 2014), as signed numbers
 
 
 class TextFeatures(nn.Module):

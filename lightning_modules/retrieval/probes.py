@@ -128,7 +128,7 @@ def _label_draws(benchmark: Benchmark, labels: np.ndarray, names: list[str]) -> 
         random, rows = np.random.RandomState(SEED + draw), set()
         for label in range(len(names)):
             rows.update(random.choice(np.flatnonzero(labels[:, label]), probe.samples, replace=False).tolist())
-        yield np.array(list(rows))  # in the set's order, as in SciRepEval, since it decides the folds
+        yield np.array(list(rows))  # SciRepEval takes the set's order too, and the order decides the folds
 
 
 def _training_grades(benchmark: Benchmark) -> Qrels:
