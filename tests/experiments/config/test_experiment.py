@@ -15,6 +15,7 @@ from datamodules.records import UserError
 from experiments.config import experiment as module
 from experiments.config.experiment import as_dict, digest, experiments, from_dict, load_config, scales
 from experiments.config.schema import Config
+from experiments.config.study_file import read_study
 from experiments.config.targets import MOVED, check_target, instantiate, with_first_paths
 
 
@@ -34,6 +35,16 @@ def test_every_experiment_loads_at_every_scale():
             assert config.scale == scale
             own = {"mmsci": ["caption", "subject", "reference"]}
             assert config.tasks == own.get(experiment, ["classification", "link_prediction", "search"])
+
+
+@pytest.mark.parametrize("study", ["papers", "transfer_back"])
+def test_best_is_the_recipe_that_the_studies_measured(study):
+    job = next(job for job in read_study(study).jobs if job.arm == "mined_anchored")
+    (_, experiment, *settings), _ = job.commands
+    settings = [setting for setting in settings if not setting.startswith("task.")]  # their folders do not exist here
+    shared = [setting for setting in settings if not setting.startswith(("mining.", "objective."))]
+    best, measured = (as_dict(load_config(*recipe)) for recipe in (("best", shared), (experiment, settings)))
+    assert best | {"experiment": experiment} == measured
 
 
 def test_later_layers_override_earlier_ones():
