@@ -6,9 +6,10 @@ import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -19,16 +20,18 @@ from torch import nn
 from datamodules.batches import MultiTaskDataModule
 from datamodules.loader import default_num_workers
 from datamodules.packed import ContrastiveBatch
-from datamodules.records import Benchmark
+from datamodules.records import Document
 from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step, build_data, describe_schedule
+from experiments.build.mining import build_mining_callback
 from experiments.build.models import device_of, ranks_of
 from experiments.build.module import build_module, describe_parameters, first_batches
 from experiments.build.trainer import build_balance, precision_of
-from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
+from experiments.config.experiment import ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.schema import Config
 from experiments.shared.console import counted, entry_point
 from experiments.shared.table_formats import Column, Table, print_table
+from lightning_modules.callbacks.hard_negatives import HardNegativeMining
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.memory import Memory, num_bytes
@@ -91,8 +94,10 @@ class Prediction:
 
     memory: dict[str, int]
     update: float  # combining gradients, clipping and optimizer, per step
-    evaluation: float
     start: float  # reading the data, building the encoder, tokenising
+    teacher: float  # encoding all texts with objective.vector_teacher
+    mining: float  # encoding for all rounds of mining
+    evaluation: float  # encoding for all evaluations
     tasks: dict[str, TaskCost]
     ceiling: float  # FLOP/s of the device, for the MFU
 
@@ -159,64 +164,151 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
 
     built: seconds that building data and module took.
     """
-    device, workers = device_of(config), config.data.num_workers
-    if workers is None:
-        workers = default_num_workers(device.type == "cuda", ranks_of(config) // config.trainer.num_nodes)
-    module.to(device).train()
-    memory, steps = Memory(device), _Steps(config, module, device)
-    batches, preparing, tokenising = {}, {}, 0.0
-    for task in data.tasks:
-        began = time.perf_counter()
-        _batches(task, data, 1)  # tokenises all texts of the task
-        started = time.perf_counter()
-        tokenising += started - began
-        batches[task.task.name] = _batches(task, data, WARM_UP + MEASURED)
-        preparing[task.task.name] = (time.perf_counter() - started) / (WARM_UP + MEASURED)
-    weights = num_bytes(module.parameters())
-    for warm_up in batches.values():
-        for batch in warm_up[:WARM_UP]:
-            steps.take(batch)
-    optimizer = steps.optimizer_bytes()
-    process = max(0, memory.now() - weights - optimizer)
-    memory.reset_peak()
-    costs, updates, gradients = {}, [], 0
-    for name, all_batches in batches.items():
-        measured = all_batches[WARM_UP:]
-        times = [steps.take(batch) for batch in measured]
-        gradients = max(gradients, steps.gradients)
-        updates += [update for _, update in times]
-        seconds = sum(step for step, _ in times) / len(times)
-        waiting = max(0.0, preparing[name] / workers - seconds) if workers else preparing[name]
-        costs[name] = _cost(config, data, module, name, measured, seconds, waiting)
+    module.to(device_of(config)).train()
+    first = {task.task.name: _FirstBatches.of(task, data) for task in data.tasks}
+    steps = _Steps(config, module)
+    steps.warm_up([batch for batches in first.values() for batch in batches.warm_up])
+    costs = {name: _cost(config, data, module, name, batches, steps) for name, batches in first.items()}
     balance, combining = _balance_cost(config, module)
-    ranks, sharded = ranks_of(config), config.trainer.strategy == "fsdp"
-    shares = ranks if sharded else 1
-    # Vectors and similarities, in float32.
-    largest = max(4 * cost.documents * (module.encoder.dimension + cost.queries) for cost in costs.values())
     return Prediction(
-        memory={
-            "weights": weights // shares,
-            "gradients": gradients // shares,
-            "optimizer": optimizer // shares,
-            "process": process,
-            "activations": max(0, memory.peak() - process - weights - optimizer - gradients),
-            "further": int(2 * largest * (ranks - 1) / ranks),  # forward and backward
-            "gathered": _gathered_bytes(module.encoder) if sharded else 0,
-            "balance": balance,
-        },
-        update=combining + sum(updates) / len(updates),
-        evaluation=_evaluation_seconds(config, data, module) / ranks,
-        start=built + tokenising,
+        memory=_memory(config, module, steps, costs) | {"balance": balance},
+        update=combining + sum(steps.updates) / len(steps.updates),
+        start=built + sum(batches.tokenising for batches in first.values()),
+        teacher=_teacher_seconds(config, data, module),
+        mining=_mining_seconds(config, data, module, folder_of(config)),
+        evaluation=_evaluation_seconds(config, data, module),
         tasks=costs,
         ceiling=1e12 * config.trainer.peak_tflops
         or encoder_ceiling(module.encoder, computing_dtype(precision_of(config))),
     )
 
 
-def _batches(task: TaskDataModule, data: MultiTaskDataModule, count: int) -> list[ContrastiveBatch]:
-    task.prompts = data.prompts
-    last = data.num_batches() - 1  # the last step, because a loss costs less in its warm-up
-    return [dataclasses.replace(batch, step=last) for batch in first_batches(task, data.tokenizer, count)]
+@dataclass
+class _FirstBatches:
+    """The first batches of a task. tokenising: seconds, once. preparing: seconds per batch."""
+
+    warm_up: list[ContrastiveBatch]
+    measured: list[ContrastiveBatch]
+    tokenising: float
+    preparing: float
+
+    @classmethod
+    def of(cls, task: TaskDataModule, data: MultiTaskDataModule) -> _FirstBatches:
+        task.prompts = data.prompts
+        began = time.perf_counter()
+        first_batches(task, data.tokenizer, 1)  # tokenises all texts of the task
+        started = time.perf_counter()
+        batches = first_batches(task, data.tokenizer, WARM_UP + MEASURED)
+        preparing = (time.perf_counter() - started) / len(batches)
+        last = data.num_batches() - 1  # the last step, because a loss costs less in its warm-up
+        batches = [dataclasses.replace(batch, step=last) for batch in batches]
+        return cls(batches[:WARM_UP], batches[WARM_UP:], started - began, preparing)
+
+
+class _Steps:
+    """Optimizer steps of one batch each, measured in seconds and bytes.
+
+    updates: seconds for clipping and the optimizer, of each step after the warm-up.
+    gradients: bytes of the gradients, in the step with the most.
+    process: bytes in use apart from weights and optimizer, after the warm-up.
+    """
+
+    def __init__(self, config: Config, module: ContrastiveModule):
+        self.module, self.device, self.clip = module, device_of(config), config.trainer.gradient_clip_val
+        self.optimizer = module.configure_optimizers()["optimizer"]
+        self.precision, self.memory = precision_of(config), Memory(self.device)
+        self.updates: list[float] = []
+        self.gradients = self.process = 0
+
+    def warm_up(self, batches: Sequence[ContrastiveBatch]) -> None:
+        for batch in batches:
+            self.take(batch)
+        self.updates.clear()
+        self.process = max(0, self.memory.now() - self.weights - self.optimizer_state)
+        self.memory.reset_peak()
+
+    def take(self, batch: ContrastiveBatch) -> float:
+        """Train on a batch, and return the seconds for forward and backward."""
+        started = self._time()
+        with computing_in(self.precision, self.device):
+            self.module.training_step(batch.to(self.device), 0)["loss"].backward()
+        middle = self._time()
+        self.gradients = max(self.gradients, num_bytes(p.grad for p in self.module.parameters() if p.grad is not None))
+        self.module.configure_gradient_clipping(self.optimizer, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.updates.append(self._time() - middle)
+        return middle - started
+
+    @property
+    def weights(self) -> int:
+        return num_bytes(self.module.parameters())
+
+    @property
+    def optimizer_state(self) -> int:
+        states = (value for state in self.optimizer.state.values() for value in state.values())
+        return num_bytes(value for value in states if torch.is_tensor(value))
+
+    @property
+    def activations(self) -> int:
+        others = self.process + self.weights + self.optimizer_state + self.gradients
+        return max(0, self.memory.peak() - others)
+
+    def _time(self) -> float:
+        synchronize(self.device)
+        return time.perf_counter()
+
+
+def _cost(
+    config: Config,
+    data: MultiTaskDataModule,
+    module: ContrastiveModule,
+    task: str,
+    first: _FirstBatches,
+    steps: _Steps,
+) -> TaskCost:
+    """Train on the measured batches of a task, and return their mean cost."""
+    batches = first.measured
+    padded = pads_attention(module.encoder, computing_dtype(precision_of(config)))
+
+    def mean(size: Callable[[ContrastiveBatch], float]) -> float:
+        return sum(map(size, batches)) / len(batches)
+
+    seconds = mean(steps.take)
+    workers = config.data.num_workers
+    if workers is None:
+        workers = default_num_workers(steps.device.type == "cuda", ranks_of(config) // config.trainer.num_nodes)
+    waiting = max(0.0, first.preparing / workers - seconds) if workers else first.preparing
+    return TaskCost(
+        seconds=waiting + seconds,
+        waiting=waiting,
+        tokens=mean(lambda batch: batch.num_tokens),
+        positions=mean(lambda batch: num_positions(batch, padded)),
+        pairs=mean(lambda batch: int((batch.positives >= 0).sum())),
+        queries=mean(lambda batch: len(batch.queries)),
+        documents=mean(lambda batch: len(batch.documents)) * ranks_of(config),
+        batches=data.schedule().turns(config.trainer.max_steps * batches_per_step(config), task),
+        flops=mean(lambda batch: sum(group.flops(module.encoder, x) for group, x in text_lengths(batch))),
+    )
+
+
+def _memory(config: Config, module: ContrastiveModule, steps: _Steps, costs: Mapping[str, TaskCost]) -> dict[str, int]:
+    """Return the memory of a rank in bytes, by the parts in MEMORY, without the balance."""
+    ranks, sharded = ranks_of(config), config.trainer.strategy == "fsdp"
+    memory = {
+        "weights": steps.weights,
+        "gradients": steps.gradients,
+        "optimizer": steps.optimizer_state,
+        "process": steps.process,
+        "activations": steps.activations,
+    }
+    if sharded:
+        memory |= {name: memory[name] // ranks for name in SHARDED}
+    # Vectors and similarities, in float32.
+    largest = max(4 * cost.documents * (module.encoder.dimension + cost.queries) for cost in costs.values())
+    memory["further"] = int(2 * largest * (ranks - 1) / ranks)  # forward and backward
+    memory["gathered"] = _gathered_bytes(module.encoder) if sharded else 0
+    return memory
 
 
 def _gathered_bytes(encoder: Encoder) -> int:
@@ -247,63 +339,28 @@ def _balance_cost(config: Config, module: ContrastiveModule) -> tuple[int, float
     return num_bytes([balance.gradients.values]), time.perf_counter() - started
 
 
-class _Steps:
-    """Timed optimizer steps of one batch each."""
-
-    def __init__(self, config: Config, module: ContrastiveModule, device: torch.device):
-        self.module, self.device, self.clip = module, device, config.trainer.gradient_clip_val
-        self.optimizer = module.configure_optimizers()["optimizer"]
-        self.precision = precision_of(config)
-        self.gradients = 0  # bytes, of the last step
-
-    def take(self, batch: ContrastiveBatch) -> tuple[float, float]:
-        """Train on a batch. Return the seconds for forward and backward, and for clipping and the optimizer step."""
-        started = self._time()
-        with computing_in(self.precision, self.device):
-            self.module.training_step(batch.to(self.device), 0)["loss"].backward()
-        middle = self._time()
-        self.gradients = num_bytes(p.grad for p in self.module.parameters() if p.grad is not None)
-        self.module.configure_gradient_clipping(self.optimizer, self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return middle - started, self._time() - middle
-
-    def optimizer_bytes(self) -> int:
-        states = (value for state in self.optimizer.state.values() for value in state.values())
-        return num_bytes(value for value in states if torch.is_tensor(value))
-
-    def _time(self) -> float:
-        synchronize(self.device)
-        return time.perf_counter()
+def _teacher_seconds(config: Config, data: MultiTaskDataModule, module: ContrastiveModule) -> float:
+    """Return the seconds that one rank spends encoding for the vector teacher before training."""
+    options, teacher = config.objective.vector_teacher, module.objective.vector_teacher
+    if teacher is None or not options.cached:
+        return 0.0
+    teacher.encoder.to(module.device)
+    tables = {task: parts for task, parts in data.texts_of_rows().items() if options.is_used_for(task)}
+    with computing_in(precision_of(config), module.device):
+        return sum(_encode(config, teacher.encoder, task, *(part for part, _ in tables[task])) for task in tables)
 
 
-def _cost(
-    config: Config,
-    data: MultiTaskDataModule,
-    module: ContrastiveModule,
-    task: str,
-    batches: list[ContrastiveBatch],
-    seconds: float,
-    waiting: float,
-) -> TaskCost:
-    """Return the mean cost of batches. seconds: time of forward and backward. waiting: time until a batch is there."""
-
-    padded = pads_attention(module.encoder, computing_dtype(precision_of(config)))
-
-    def mean(size: Callable[[ContrastiveBatch], float]) -> float:
-        return sum(map(size, batches)) / len(batches)
-
-    return TaskCost(
-        seconds=waiting + seconds,
-        waiting=waiting,
-        tokens=mean(lambda batch: batch.num_tokens),
-        positions=mean(lambda batch: num_positions(batch, padded)),
-        pairs=mean(lambda batch: int((batch.positives >= 0).sum())),
-        queries=mean(lambda batch: len(batch.queries)),
-        documents=mean(lambda batch: len(batch.documents)) * ranks_of(config),
-        batches=data.schedule().turns(config.trainer.max_steps * batches_per_step(config), task),
-        flops=mean(lambda batch: sum(group.flops(module.encoder, x) for group, x in text_lengths(batch))),
-    )
+def _mining_seconds(config: Config, data: MultiTaskDataModule, module: ContrastiveModule, folder: Path) -> float:
+    """Return the seconds that one rank spends encoding for all rounds of mining, without ranking and judging."""
+    seconds = 0.0
+    for callback in build_mining_callback(config, data, folder, batches_per_step(config)):
+        assert isinstance(callback, HardNegativeMining)
+        if callback.mining.needs_encoder:
+            rounds = len(range(callback.first_step, config.trainer.max_steps, callback.every_n_steps))
+            pools = [pool for pool in data.pools() if pool.task in callback.mining.miners] if rounds else []
+            with computing_in(precision_of(config), module.device):
+                seconds += rounds * sum(_encode(config, module.encoder, p.task, p.corpus, p.queries) for p in pools)
+    return seconds
 
 
 def _evaluation_seconds(config: Config, data: MultiTaskDataModule, module: ContrastiveModule) -> float:
@@ -313,20 +370,22 @@ def _evaluation_seconds(config: Config, data: MultiTaskDataModule, module: Contr
     final = 2 if settings.baselines else 1
     seconds = 0.0
     for split, count, precision in (("dev", in_training, precision_of(config)), (settings.split, final, "fp32")):
-        benchmarks = data.benchmarks(split) if count else ()
         with computing_in(precision, module.device):
-            seconds += count * sum(_encoding_seconds(config, module, benchmark) for benchmark in benchmarks)
+            for benchmark in data.benchmarks(split) if count else ():
+                texts = list(benchmark.corpus.values()), list(benchmark.queries.values())
+                seconds += count * _encode(config, module.encoder, benchmark.task, *texts)
     return seconds
 
 
-def _encoding_seconds(config: Config, module: ContrastiveModule, benchmark: Benchmark) -> float:
+def _encode(config: Config, encoder: Encoder, task: str, *parts: Sequence[Document]) -> float:
+    """Encode some texts of each part, and return the seconds that one rank would spend on its share of all texts."""
     seconds = 0.0
-    for texts in (list(benchmark.corpus.values()), list(benchmark.queries.values())):
-        sample = texts[:: max(1, len(texts) // TEXTS)][:TEXTS]
+    for texts in parts:
+        sample = [texts[i] for i in range(0, len(texts), max(1, len(texts) // TEXTS))][:TEXTS]
         started = time.perf_counter()
-        module.encoder.encode(sample, benchmark.task, token_budget=config.data.token_budget)
-        seconds += (time.perf_counter() - started) * len(texts) / len(sample)
-    return seconds
+        encoder.encode(sample, task, token_budget=config.data.token_budget)
+        seconds += (time.perf_counter() - started) * len(texts) / max(1, len(sample))
+    return seconds / ranks_of(config)
 
 
 def _show_tasks(config: Config, prediction: Prediction) -> None:
@@ -358,6 +417,13 @@ def _show_memory(prediction: Prediction) -> None:
 def _show_times(config: Config, prediction: Prediction) -> None:
     ranks, steps = ranks_of(config), config.trainer.max_steps
     training = prediction.training(steps)
+    times = {
+        "start": prediction.start,
+        "vectors of the teacher": prediction.teacher,
+        counted(steps, "step"): training,
+        "mining": prediction.mining,
+        "evaluation": prediction.evaluation,
+    }
     log.info(
         "measured on %s in %s, %s; configured: %s of %s",
         describe_device(device_of(config)),
@@ -367,19 +433,16 @@ def _show_times(config: Config, prediction: Prediction) -> None:
         counted(config.trainer.num_nodes, "node"),
     )
     log.info(
-        "a step takes %.1f ms (including %.1f ms for the update); start %s, %d steps %s, evaluation %s, total %s",
+        "a step takes %.1f ms (including %.1f ms for the update); %s, total %s",
         1e3 * training / steps,
         1e3 * prediction.update,
-        _duration(prediction.start),
-        steps,
-        _duration(training),
-        _duration(prediction.evaluation),
-        _duration(prediction.start + training + prediction.evaluation),
+        ", ".join(f"{name} {_duration(seconds)}" for name, seconds in times.items() if seconds),
+        _duration(sum(times.values())),
     )
     log.info("speed of the training: %s", prediction.speed(steps, ranks).text())
     log.info(
-        "not counted: imports (a few seconds), BM25, ranking, checkpoints, logging, and other programs on the machine, "
-        "including W&B's"
+        "not counted: imports (a few seconds), BM25, ranking, judges, diagnostics, checkpoints, logging, and other "
+        "programs on the machine, including W&B's"
     )
     if prediction.memory["gathered"]:
         log.info(
@@ -392,13 +455,6 @@ def _show_times(config: Config, prediction: Prediction) -> None:
             "not measured: exchanging %.0f MB of gradients per step between ranks, and ranks that share cores",
             prediction.memory["gradients"] / 2**20,
         )
-    unmeasured = {
-        "mining": config.mining.every_n_steps or config.mining.every_n_epochs,
-        "diagnostics": config.diagnostics.every_n_steps,
-        "encoding all texts with objective.vector_teacher": config.objective.vector_teacher.model,
-    }
-    if any(unmeasured.values()):
-        log.info("not measured: %s", ", ".join(name for name, used in unmeasured.items() if used))
     if device_of(config).type == "cpu":
         flops = sum(cost.batches * cost.flops for cost in prediction.tasks.values())
         log.info(

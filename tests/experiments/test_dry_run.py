@@ -6,9 +6,12 @@ import pytest
 import torch
 
 from experiments import dry_run as dry_run_module
+from experiments.build.data import build_data
 from experiments.build.module import build_module
+from experiments.config.experiment import load_config
 from experiments.dry_run import dry_run
 from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.encoders.pretrained import save_encoder
 from tests.experiments.test_train import TINY
 
 pytestmark = pytest.mark.slow
@@ -114,6 +117,34 @@ def test_balance_stores_a_gradient_per_task_and_takes_time_in_each_step(predicte
     assert combined.memory["balance"] == 3 * combined.memory["weights"]
     assert total(combined) - combined.memory["balance"] < 2 * total(without)
     assert combined.update > 0.3 > without.update
+
+
+def test_encoding_for_mining_and_for_the_teacher_is_counted(predicted, make_encoder, tmp_path_factory, monkeypatch):
+    """One unit of time per text, which a rank has to encode at step 0, 4 and 8, and once for the teacher."""
+    model, encoded = save_encoder(make_encoder(), tmp_path_factory.mktemp("model") / "encoder"), []
+
+    def count(config, encoder, task, *parts):
+        encoded.append(task)
+        return sum(map(len, parts))
+
+    monkeypatch.setattr(dry_run_module, "_encode", count)
+    mining = ["mining.first_step=0", "mining.every_n_steps=4", "mining.k=5", "task.search.num_hard_negatives=0"]
+    teacher = [
+        f"init_from={model}",
+        "objective.vector_teacher.model=start",
+        "objective.vector_teacher.weight={classification: 0, link_prediction: 0, search: 1}",
+    ]
+    assert (without := predicted()).mining == without.teacher == 0
+    data = build_data(load_config("moe", TINY))
+    pools = {pool.task: len(pool.corpus) + len(pool.queries) for pool in data.pools()}
+    encoded.clear()
+    assert predicted(*mining).mining == 3 * (pools["classification"] + pools["link_prediction"])
+    assert set(encoded[:2]) == {"classification", "link_prediction"}
+    never = predicted("mining.first_step=9", "mining.every_n_steps=1", "mining.k=5")
+    assert never.mining == 0
+    bm25 = ["mining.miner={_target_: lightning_modules.mining.miners.BM25Miner}", "mining.relative_margin=null"]
+    assert predicted(*mining, *bm25).mining == 0
+    assert predicted(*teacher).teacher == sum(len(texts) for texts, _ in data.texts_of_rows()["search"])
 
 
 def test_sharded_ranks_hold_their_share_of_the_weights(predicted):
