@@ -127,6 +127,12 @@ def _difference(first: Encoder, other: Encoder) -> str:
     if type(first) is not type(other) and not isinstance(other, SharedEncoder):
         advice = f"; name the {kind} first, because it has experts" if isinstance(first, SharedEncoder) else ""
         return f"it is a {kind}, not a {first_kind}{advice}"
+    if problem := _different_settings(first, other) or _different_parameters(first, other):
+        return problem
+    return "" if tokenization(first.tokenizer) == tokenization(other.tokenizer) else "it has another tokenizer"
+
+
+def _different_settings(first: Encoder, other: Encoder) -> str:
     # The experts of a SharedEncoder are names only.
     with_experts = type(first) is type(other) and not isinstance(first, SharedEncoder)
     tasks = [sorted(encoder.tasks.items() if with_experts else encoder.tasks) for encoder in (first, other)]
@@ -135,8 +141,10 @@ def _difference(first: Encoder, other: Encoder) -> str:
     for key in settings[0].keys() & settings[1].keys():
         if settings[0][key] != settings[1][key]:
             differing[key] = [s[key] for s in settings]
-    if differing:
-        return "; ".join(f"{key} is {b}, not {a}" for key, (a, b) in sorted(differing.items()))
+    return "; ".join(f"{key} is {b}, not {a}" for key, (a, b) in sorted(differing.items()))
+
+
+def _different_parameters(first: Encoder, other: Encoder) -> str:
     expected, weights = first.state_dict(), weights_for(other, first)
     for name, tensor in expected.items():
         if name not in weights:
@@ -145,9 +153,8 @@ def _difference(first: Encoder, other: Encoder) -> str:
             return f"its parameter {name} has the shape {tuple(weights[name].shape)}, not {tuple(tensor.shape)}"
         if not tensor.is_floating_point() and not torch.equal(weights[name].cpu(), tensor.cpu()):
             return f"its {name} belong to other texts"
-    if added := [name for name in weights if name not in expected]:
-        return f"it also has the parameter {added[0]}"
-    return "" if tokenization(first.tokenizer) == tokenization(other.tokenizer) else "it has another tokenizer"
+    added = [name for name in weights if name not in expected]
+    return f"it also has the parameter {added[0]}" if added else ""
 
 
 def _check_weights(weights: Weights, num_members: int, method: str, encoder: Encoder) -> None:
