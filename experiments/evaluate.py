@@ -19,6 +19,7 @@ from experiments.build.models import EncodingOptions, System, load_systems, shor
 from experiments.build.suite import load_suite
 from experiments.config.arguments import as_argument, parse
 from experiments.config.run_config import config_of_run, run_of
+from experiments.config.schema import check_metrics
 from experiments.results.measuring import evaluate_system
 from experiments.results.result_tables import cost_tables, result_records, result_tables, suite_table
 from experiments.results.results import Benchmarks, EvaluationInfo, Results, combine, read_results
@@ -29,7 +30,6 @@ from experiments.shared.output import name_of, shortened, writable_folder
 from experiments.shared.table_formats import Format, format_option, print_tables, reserve_stdout
 from lightning_modules.distributed.collectives import rank
 from lightning_modules.retrieval.evaluation import METRICS
-from lightning_modules.retrieval.metrics import check_metric
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +91,11 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
             for model in models
         }
 
+    @property
+    def named_split(self) -> str:
+        """The split as part of names, or "" for the test split of benchmarks, whose protocols name it."""
+        return "" if self.benchmarks and self.split == "test" else self.split
+
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(EvaluateOptions, arguments)
@@ -141,7 +146,7 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
     with writable_folder("output", folder):
         tables = _evaluate_all(systems, benchmarks, options, info, folder)
     if rank() == 0:
-        split = f"{options.split} split" if options.split != "test" or not options.benchmarks else ""
+        split = f"{options.named_split} split" if options.named_split else ""
         title = ", ".join(filter(None, [options.model, ",".join(options.benchmarks), split]))
         shown = [*result_tables(tables, info.metrics, title), *cost_tables(tables)]
         print_tables(options.format, shown, result_records(tables))
@@ -187,19 +192,17 @@ def _evaluate_all(
 def _check(options: EvaluateOptions) -> None:
     """Check the options, before any model or data is loaded."""
     _ = options.models  # raises UserError for an invalid model=
-    for name in options.metrics:
-        check_metric(name)
+    check_metrics("metrics", options.metrics)
     for key, value in (("task", options.task), ("split", options.split)):  # part of the default output's name
         if value:
             check_name(key, value)
     if options.beir and (options.benchmarks or options.data_root):
         raise UserError("beir: cannot be used together with benchmarks or data.root; set only one of them")
     options.check_suite()
-    values, defaults = _as_arguments(options), _as_arguments(EvaluateOptions())
-    for key in FOR_COLLECTIONS if options.benchmarks else FOR_BENCHMARKS:
-        if values[key] != defaults[key]:
+    for key, value in _changed_options(options).items():
+        if key in (FOR_COLLECTIONS if options.benchmarks else FOR_BENCHMARKS):
             reason = "benchmarks= have their own" if options.benchmarks else "only benchmarks= can use it"
-            raise UserError(f"{key}: got {values[key]}, but {reason}")
+            raise UserError(f"{key}: got {value}, but {reason}")
 
 
 def _table_name(model: str, models: Sequence[str]) -> str:
@@ -213,6 +216,12 @@ def _as_arguments(options: EvaluateOptions) -> dict[str, str]:
     return {option_key(field): as_argument(getattr(options, field.name)) for field in dataclasses.fields(options)}
 
 
+def _changed_options(options: EvaluateOptions) -> dict[str, str]:
+    """Return the options that differ from their defaults, as written on the command line."""
+    defaults = _as_arguments(EvaluateOptions())
+    return {key: value for key, value in _as_arguments(options).items() if value != defaults[key]}
+
+
 def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequence[Benchmark]) -> Path:
     """Return the folder for this model, data and protocol. The same evaluation always gets the same folder.
 
@@ -220,13 +229,10 @@ def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequ
     """
     is_run = run is not None and Path(options.model).resolve() == run.resolve()
     names = "" if is_run else "-".join(short_name(model.model) for model in options.models.values())
-    if options.benchmarks:
-        split = "" if options.split == "test" else options.split
-        parts = [names, "-".join(options.benchmarks).replace("*", ""), options.task, split]
-    else:
-        parts = [names, name_of(options.beir) if options.beir else "", options.task, options.split]
-    values, defaults = _as_arguments(options), _as_arguments(EvaluateOptions())
-    hashed = {key: _normal(key, values[key]) for key in HASHED_OPTIONS if values[key] != defaults[key]}
+    data = name_of(options.beir) if options.beir else "-".join(options.benchmarks).replace("*", "")
+    parts = [names, data, options.task, options.named_split]
+    changed = _changed_options(options)
+    hashed = {key: _normal(key, changed[key]) for key in HASHED_OPTIONS if key in changed}
     if options.beir:
         hashed["data"] = [benchmark.fingerprint() for benchmark in benchmarks]
     if hashed:
@@ -237,7 +243,7 @@ def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequ
 def _normal(key: str, value: str) -> str:
     """Make equal paths compare equal. Only the name of a BEIR folder counts, because its data are compared too."""
     if key == "beir":
-        return name_of(value)
+        return name_of(value) if value else ""
     parts = value.split(",") if key in PATHS else []
     return ",".join(str(Path(part).resolve()) if part and Path(part).exists() else part for part in parts) or value
 

@@ -43,7 +43,9 @@ def main(arguments: Sequence[str]) -> None:
     try:
         run.computed = compute(run, options.map, options.device, options.packages)
         page = render(run)
-    except (KeyError, TypeError, AttributeError, UndefinedError) as error:
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, UndefinedError) as error:
         raise UserError(f"RUN: {run.path}: a file of the run is damaged or of another version ({error!r})") from error
     with explained(f"output: cannot write {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)

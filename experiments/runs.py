@@ -87,7 +87,7 @@ def main(arguments: Sequence[str]) -> None:
             continue
         try:
             runs.append(list_run(RunFiles(path.parent)))
-        except (UserError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (LookupError, TypeError, AttributeError, ValueError) as error:
             problems.append(f"{path.parent}: not a run of this version ({error})")
     if not runs and not problems:
         raise UserError(f"root: found no runs in {options.root}; start one with make train, or set another root")

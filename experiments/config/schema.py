@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -320,7 +321,8 @@ class Config:
 
 def check_constraints(config: Config) -> None:
     """Raise UserError for settings that contradict each other."""
-    _check_metrics(config)
+    check_metrics("evaluation.metrics", config.evaluation.metrics)
+    _check_patience(config)
     _check_balance(config)
     _check_wandb(config.wandb)
     _check_loggers(config.loggers)
@@ -330,12 +332,16 @@ def check_constraints(config: Config) -> None:
     check_objective(config.objective, list(config.task), "objective.")
 
 
-def _check_metrics(config: Config) -> None:
-    if not config.evaluation.metrics:
-        raise UserError("evaluation.metrics: name at least one, such as ndcg@10")
-    with prefixed("evaluation.metrics: "):
-        for name in config.evaluation.metrics:
+def check_metrics(key: str, names: Sequence[str]) -> None:
+    """Raise UserError for an unknown metric, or if there is none. key: setting that names them."""
+    if not names:
+        raise UserError(f"{key}: name at least one, such as ndcg@10")
+    with prefixed(f"{key}: "):
+        for name in names:
             check_metric(name)
+
+
+def _check_patience(config: Config) -> None:
     if config.evaluation.patience and not config.evaluation.every_n_steps:
         raise UserError("evaluation.patience: counts evaluations, but there are none; set evaluation.every_n_steps")
 

@@ -63,7 +63,7 @@ def render(run: RunFiles) -> str:
             config=run.source(CONFIG),
             computed=run.source(COMPUTED),
             results=run.source("results.json"),
-            unfinished=None if run.results else run.source("baselines.json"),
+            unfinished=None if run.results else run.baselines,
             manifest=run.source("manifest.json"),
             tiles=_tiles(run),
             result_tables=result_tables,

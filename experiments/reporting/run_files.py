@@ -14,7 +14,7 @@ from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.config.experiment import read_config
 from experiments.config.run_config import existing_runs
-from experiments.results.results import Results, read_results
+from experiments.results.results import Results, read_results, read_tables
 from experiments.run.folder import manifest_of
 from experiments.run.trials import read_rows
 from lightning_modules.mining.report import read_values
@@ -131,6 +131,11 @@ class RunFiles:
             name = str(path.relative_to(self.path))
             sources[name] = self.source(name)
         return sources
+
+    @cached_property
+    def baselines(self) -> Source | None:
+        """The results of BM25 and of the encoder before training, or None if they are missing."""
+        return self.matching("baselines.json", read_tables).get("baselines.json")
 
     @cached_property
     def minings(self) -> Mapping[str, Source]:

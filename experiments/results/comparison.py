@@ -60,7 +60,10 @@ class MeasuredSystem:
         return self.folder / "runs" / f"{benchmark}.{self.system}.{kind}"
 
     def main_metric(self, benchmark: str) -> str:
-        return (self.benchmarks[benchmark].metrics or self.results.info.metrics)[0]
+        metrics = self.benchmarks[benchmark].metrics or self.results.info.metrics
+        if not metrics:
+            raise UserError(f"{self.folder} does not have the names of its metrics; evaluate it again")
+        return metrics[0]
 
     def values(self, benchmark: str, metric: str) -> dict[str, float]:
         """Return the value of each query.

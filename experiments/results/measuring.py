@@ -158,7 +158,7 @@ class CostMeter:
         return Cost(
             texts=sum(rank["texts"] for rank in ranks),
             tokens=sum(rank["tokens"] for rank in ranks),
-            **{"texts_per_second": None} | speed,
+            **speed,
             devices=len(ranks),
             device_seconds=round(sum(seconds.values()) * len(ranks), 2),
             memory_mb=max(rank["memory_mb"] for rank in ranks),

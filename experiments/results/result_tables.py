@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.build.suite import BenchmarkConfig
-from experiments.results.results import Benchmarks, SystemResult, total_cost
+from experiments.results.results import Benchmarks, SystemResult, mean_over, total_cost
 from experiments.shared.table_formats import PIPE_WIDTH, Column, Table
 
 COST_COLUMNS = (
@@ -64,12 +64,10 @@ def _add_means(grid: Table, benchmarks: Benchmarks, metrics: Sequence[str]) -> N
     """
     systems = list(dict.fromkeys(system for table in benchmarks.values() for system in table.systems))
     for system in systems:
-        results = [table.systems[system].metrics for table in benchmarks.values() if system in table.systems]
-        means: list[float | str | None]
-        if len(results) == len(benchmarks):
-            means = [sum(result[metric] for result in results) / len(results) for metric in metrics]
-        else:
-            means = [f"({len(results)} of {len(benchmarks)})", *[None] * (len(metrics) - 1)]
+        means: list[float | str | None] = [mean_over(benchmarks, system, metric) for metric in metrics]
+        count = sum(system in table.systems for table in benchmarks.values())
+        if count < len(benchmarks):
+            means[0] = f"({count} of {len(benchmarks)})"
         grid.add("mean" if system == systems[0] else "", "", system, *means, "", group=("mean",))
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import statistics
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from datamodules.files import RECREATED, read_json, write_json
-from datamodules.records import UserError, check_name, explained
+from datamodules.records import UserError, check_name, reason, short
 
+T = TypeVar("T")
 # Keys that are left out if None. Others are written as null.
 OMITTED_IF_NONE = ("document_fingerprint", "texts", "draws", "spread", "cost", "tokens_per_second", "mfu", "money")
 
@@ -29,7 +34,7 @@ class Cost:
 
     texts: int
     tokens: int
-    texts_per_second: float | None
+    texts_per_second: float | None = None
     devices: int
     device_seconds: float
     memory_mb: int
@@ -138,22 +143,26 @@ class Results:
 
     def means(self) -> dict[str, float]:
         """Return the mean of the first metric for each system that was evaluated on all benchmarks."""
-        metric, tables = self.info.metrics[0], self.benchmarks.values()
-        values = {name: [t.systems[name].metrics[metric] for t in tables if name in t.systems] for name in self.systems}
-        return {name: sum(scores) / len(scores) for name, scores in values.items() if len(scores) == len(tables)}
+        means = {name: mean_over(self.benchmarks, name, self.info.metrics[0]) for name in self.systems}
+        return {name: mean for name, mean in means.items() if mean is not None}
 
     def write(self, path: Path) -> None:
         write_json(path, {**dataclasses.asdict(self.info), "benchmarks": tables_to_json(self.benchmarks)})
 
 
+def mean_over(benchmarks: Benchmarks, system: str, metric: str) -> float | None:
+    """Return a system's mean of a metric over all benchmarks, or None if it has no value on one of them."""
+    results = [table.systems.get(system) for table in benchmarks.values()]
+    values = [result.metrics.get(metric) if result else None for result in results]
+    return None if None in values else statistics.fmean(values)
+
+
 def read_results(path: Path) -> Results:
     """Read a results.json of a run or of `make eval`. Raises UserError if it is damaged or is another kind of file."""
     content, benchmarks = read_tables(path)
-    if not isinstance(content.get("metrics", []), list):  # files of earlier versions have none
-        raise UserError(f"{path}: expected a list as metrics. {RECREATED}")
     kind = RunInfo if "experiment" in content else EvaluationInfo
-    with explained(f"{path}: expected the origin of the results. {RECREATED}", TypeError):
-        return Results(info=kind(**_known(kind, content)), benchmarks=benchmarks)
+    with _damage_explained(path):
+        return Results(info=_checked(kind, content), benchmarks=benchmarks)
 
 
 def read_run_results(path: Path) -> tuple[Results, RunInfo]:
@@ -166,9 +175,17 @@ def read_run_results(path: Path) -> tuple[Results, RunInfo]:
 
 def read_tables(path: Path) -> tuple[dict[str, Any], Benchmarks]:
     """Read a file with the tables of benchmarks, and return its content and the tables. Raises UserError as above."""
-    content, errors = read_json(path, {"benchmarks": dict}), (KeyError, TypeError, AttributeError, ValueError)
-    with explained(f"{path}: expected the results of benchmarks. {RECREATED}", *errors):
+    content = read_json(path, {"benchmarks": dict})
+    with _damage_explained(path):
         return content, tables_from_json(content["benchmarks"])
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or not results of evaluations ({reason(error)}). {RECREATED}") from error
 
 
 def tables_to_json(tables: Benchmarks) -> dict[str, Any]:
@@ -190,18 +207,35 @@ def tables_from_json(content: Mapping[str, Any]) -> Benchmarks:
         check_name("benchmark", name)
         systems = {}
         for system, metrics in entry["systems"].items():
-            metrics = {name: float(value) for name, value in metrics.items()}
             check_name("system", system)
             measured = entry.get("measured", {}).get(system, {})
-            cost = Cost(**_known(Cost, {"texts_per_second": None} | measured["cost"])) if "cost" in measured else None
-            systems[system] = SystemResult(**_known(SystemResult, measured) | {"metrics": metrics, "cost": cost})
-        tables[name] = BenchmarkTable(**_known(BenchmarkTable, entry) | {"systems": systems})
+            cost = _checked(Cost, measured["cost"]) if "cost" in measured else None
+            systems[system] = _checked(SystemResult, measured | {"metrics": metrics, "cost": cost})
+        tables[name] = _checked(BenchmarkTable, entry | {"systems": systems})
     return tables
 
 
-def _known(kind: type, content: Mapping[str, Any]) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(kind)}
-    return {key: value for key, value in content.items() if key in names}
+def _checked(kind: type[T], content: Mapping[str, Any]) -> T:
+    """Return a dataclass with the keys of content that it has. Raises ValueError for a value of another type."""
+    hints = _type_hints(kind)
+    values = {key: value for key, value in content.items() if key in hints}
+    for key, value in values.items():
+        if not _has_type(value, hints[key]) or (key, value) == ("metrics", []):
+            raise ValueError(f"{key} cannot be {short(value)}")
+    return kind(**values)
+
+
+_type_hints = functools.cache(get_type_hints)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Return whether a value from JSON has a type. A whole number is also a float."""
+    if isinstance(hint, types.UnionType):
+        return any(_has_type(value, each) for each in get_args(hint))
+    if get_origin(hint) in (list, dict):
+        items = value.values() if isinstance(value, dict) else value
+        return isinstance(value, get_origin(hint)) and all(_has_type(item, get_args(hint)[-1]) for item in items)
+    return hint is Any or type(value) is hint or (hint is float and type(value) is int)
 
 
 def _without_none(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -213,7 +247,10 @@ def _without_none(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def combine(*results: Benchmarks) -> Benchmarks:
-    """Put several systems into the same tables. Raises UserError if benchmarks of the same name differ."""
+    """Put several systems into the same tables, which get all their metrics.
+
+    A system's last result on a benchmark counts. Raises UserError if benchmarks of the same name differ.
+    """
     combined: Benchmarks = {}
     for tables in results:
         for name, table in tables.items():
@@ -223,6 +260,9 @@ def combine(*results: Benchmarks) -> Benchmarks:
                 if first != second:
                     raise UserError(f"{name}: results that differ in {key} cannot share a table ({first} and {second})")
             target.systems |= table.systems
+            metrics = dict.fromkeys([*(target.metrics or ()), *(table.metrics or ())])
+            measured = {metric for result in target.systems.values() for metric in result.metrics}
+            target.metrics = [metric for metric in metrics if metric in measured] or None
     return combined
 
 

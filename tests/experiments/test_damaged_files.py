@@ -23,6 +23,7 @@ CONTENTS = [
     *(b'{"attempts": 3}', b'{"attempts": [1]}', b'{"data": []}', b'{"data": {"set": 3}, "attempts": []}'),
     *(b'{"benchmarks": []}', b'{"benchmarks": {"set": 3}, "metrics": ["ndcg@10"], "split": "test", "steps": 2}'),
     *(b'{"split": "test", "metrics": 3, "steps": 2}', b'{"split": "test", "metrics": ["ndcg@10"], "steps": "2"}'),
+    *(b'{"benchmarks": {}, "metrics": []}', b'{"benchmarks": {"set": {"systems": {}, "metrics": []}}}'),
 ]
 
 
@@ -58,7 +59,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["results.json", "manifest.json", "config.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["results.json", "baselines.json", "manifest.json", "config.yaml", "metrics.jsonl"])
 def test_damaged_files_of_a_run_are_named(run, tmp_path, name):
     source, arguments = run
     folder = tmp_path / "runs" / "run"

@@ -8,7 +8,8 @@ import pytest
 from datamodules.records import Benchmark, UserError
 from experiments.config.experiment import load_config
 from experiments.results.final_table import FinalTable
-from experiments.results.results import EvaluationInfo, RunInfo, read_results
+from experiments.results.result_tables import result_tables
+from experiments.results.results import EvaluationInfo, Results, RunInfo, combine, read_results, tables_from_json
 
 COST = {"texts": 9, "tokens": 99, "texts_per_second": None, "devices": 1, "device_seconds": 1.5, "memory_mb": 100}
 MEASURED = {
@@ -84,6 +85,19 @@ def test_means_are_of_systems_on_all_benchmarks(tmp_path):
     assert results.means() == {"encoder": 0.75}
 
 
+def test_a_metric_that_a_system_lacks_has_no_mean():
+    """After add=yes with other metrics, the table ended in KeyError."""
+    old = tables_from_json(dict.fromkeys("ab", TABLE))
+    new = tables_from_json(dict.fromkeys("ab", TABLE | {"systems": {"encoder": {"map": 0.125}}, "metrics": ["map"]}))
+    tables = combine(old, new)
+    assert tables["a"].metrics == ["ndcg@10", "map"]
+    (table,) = result_tables(tables, ["map"], "")
+    means = [row.cells[2:5] for row in table.rows if row.group == ("mean",)]
+    assert means == [("encoder", None, 0.125), ("bm25", 0.25, None)]
+    assert Results(info=EvaluationInfo(metrics=["map"]), benchmarks=tables).means() == {"encoder": 0.125}
+    assert combine(new, new)["a"].metrics == ["map"]
+
+
 def test_old_results_without_costs_and_protocols_are_read(tmp_path):
     old = {"task": "search", "split": "test", "systems": {"trained": {"ndcg@10": 0.5}}}
     (tmp_path / "results.json").write_text(json.dumps(RUN | {"benchmarks": {"toy": old}}))
@@ -99,6 +113,33 @@ def test_damaged_baselines_are_left_out_of_the_final_table(metrics, tmp_path, ca
     (tmp_path / "baselines.json").write_text(json.dumps({"benchmarks": {"toy": {"systems": {"bm25": metrics}}}}))
     assert table._read_baselines() == {}
     assert "the final table has no baselines" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("info", "table", "system", "message"),
+    [
+        (RUN | {"metrics": []}, {}, {}, r"metrics cannot be \[\]"),
+        (EVALUATION | {"metrics": []}, {}, {}, r"metrics cannot be \[\]"),
+        (RUN | {"metrics": [1]}, {}, {}, r"metrics cannot be \[1\]"),
+        (RUN | {"steps": "9"}, {}, {}, "steps cannot be '9'"),
+        (RUN | {"seed": True}, {}, {}, "seed cannot be True"),
+        (RUN, {"metrics": "ndcg@10"}, {}, "metrics cannot be 'ndcg@10'"),
+        (RUN, {"metrics": []}, {}, r"metrics cannot be \[\]"),
+        (RUN, {"queries": "3"}, {}, "queries cannot be '3'"),
+        (RUN, {"systems": []}, {}, ""),
+        (RUN, {}, {"seconds": {"rank": "fast"}}, "seconds cannot be {'rank': 'fast'}"),
+        (RUN, {}, {"spread": 3}, "spread cannot be 3"),
+        (RUN, {}, {"cost": COST | {"texts": None}}, "texts cannot be None"),
+        (RUN, {}, {"cost": {}}, "texts"),
+    ],
+)
+def test_value_of_another_type_raises_user_error(info, table, system, message, tmp_path):
+    """An empty list of metrics was read, and listing the run raised IndexError."""
+    measured = {"encoder": MEASURED | system}
+    content = info | {"benchmarks": {"toy": TABLE | {"measured": measured} | table}}
+    (tmp_path / "results.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=rf"results\.json: damaged.*{message}.* Delete it"):
+        read_results(tmp_path / "results.json")
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"benchmarks": {"toy": 1}}', "{"])
