@@ -15,7 +15,7 @@ from typing import Any
 
 from datamodules.files import write_json
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, changes
 from experiments.config.arguments import option_keys
 from experiments.config.experiment import ExperimentOptions, as_dict, load_config, parse_overrides
 from experiments.config.schema import Config
@@ -89,6 +89,7 @@ def run_all(controller: Controller) -> None:
     """Run all trials, print their table, and name the best one."""
     sweep, folder = controller.sweep, controller.folder
     log.info("%s: %d trials of %s, in %s", sweep.name, len(controller.trials), sweep.experiment, relative_path(folder))
+    check_parameters(controller)
     check_data(controller)
     try:
         controller.run()
@@ -112,6 +113,19 @@ def run_all(controller: Controller) -> None:
     log.info("The best is trial %d (%s): %s %.4f", best["trial"], settings, sweep.metric, best["value"])
     run = relative_path(best["run"])
     log.info("Its run is in %s. Next: make eval model=%s split=dev", run, shlex.quote(str(run)))
+
+
+def check_parameters(controller: Controller) -> None:
+    """Raise UserError if the folder has trials of another sweep, which would be shown as trials of this one."""
+    states = controller.states()
+    for trial in controller.trials:
+        then = states.get(trial.number, {}).get("parameters", {})
+        now = trial.values or {parameter.name: then.get(parameter.name) for parameter in controller.sweep.parameters}
+        if then and (differences := changes(then, now)):
+            raise UserError(
+                f"output: {relative_path(controller.folder)} has trials of another sweep (trial {trial.number}: "
+                f"{'; '.join(differences)}). Choose another output, or delete the folder."
+            )
 
 
 def check_data(controller: Controller) -> None:

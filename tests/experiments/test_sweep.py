@@ -375,6 +375,31 @@ def test_bayes_records_the_values_it_chooses_and_resumes_with_them(make_sweep, t
     assert [len(attempts(output / f"t00{i}")) for i in range(4)] == [1, 1, 2, 2]
 
 
+@pytest.mark.parametrize(
+    ("body", "difference"),
+    [
+        ("method: grid\nparameters: {optim.lr: {values: [0.1, 0.5, 0.3]}}\n", "optim.lr: 0.2 then, 0.5 now"),
+        ("method: grid\nparameters: {run.seed: {values: [1, 2]}}\n", "optim.lr: 0.1 then, None now; run.seed: None"),
+        (
+            "method: bayes\nrun_cap: 4\nparameters: {optim.weight_decay: {min: 0.1, max: 1.0}}\n",
+            "optim.lr: 0.1 then, None now",
+        ),
+    ],
+)
+def test_trials_of_another_sweep_are_not_shown_as_trials_of_this_one(make_sweep, tmp_path, body, difference):
+    """With an output that had been used before, a changed file showed the old trials, or ended in KeyError."""
+    path, output = make_sweep(body), tmp_path / "out"
+    output.mkdir()
+    rows = [
+        {"trial": number, "state": "finished", "parameters": {"optim.lr": rate}}
+        for number, rate in enumerate((0.1, 0.2, 0.3))
+    ]
+    (output / "trials.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=f"output: .*out has trials of another sweep .trial .: {difference}"):
+        sweep(["moe", f"sweep={path}", f"output={output}"])
+    assert not (output / "results.json").exists()
+
+
 def test_bayes_needs_a_controller(make_sweep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = make_sweep("method: bayes\nrun_cap: 4\nparameters: {optim.lr: {min: 0.1, max: 1.0}}\n")
