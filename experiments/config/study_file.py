@@ -115,8 +115,22 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
     if not path.is_file():
         raise unknown("study", name, [*studies(), "a path"])
     settings = structured(StudySettings, [read_yaml(path)], str(path))
+    _replace_values(settings, values)
+    folder = (folder or Path("runs", f"study-{path.stem}")).absolute()
+    with prefixed(f"{path}: "):
+        study = Study(path.stem, settings, _values(settings), folder)
+        settings.title = " ".join(_inserted(settings.title, study.values, "title"))
+        _check(study)
+        jobs = list(_jobs(study))
+        _check_names(jobs)
+        study.jobs.extend(_in_order(jobs))
+    return study
+
+
+def _replace_values(settings: StudySettings, texts: Sequence[str]) -> None:
+    """Replace values of a study's file. texts: NAME=TEXT arguments."""
     replaced: dict[str, str] = {}
-    for text in values:
+    for text in texts:
         key, equals, value = text.partition("=")
         if not equals or key not in settings.values:
             raise UserError(f"values: expected NAME=TEXT with a name of {', '.join(settings.values)}, got {text!r}")
@@ -124,13 +138,6 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
             raise UserError(f"values: expected one value for {key}, got {replaced[key]!r} and {value!r}")
         replaced[key] = value
     settings.values.update(replaced)
-    folder = (folder or Path("runs", f"study-{path.stem}")).absolute()
-    with prefixed(f"{path}: "):
-        study = Study(path.stem, settings, _values(settings), folder)
-        settings.title = " ".join(_inserted(settings.title, study.values, "title"))
-        _check(study)
-        study.jobs.extend(_in_order(list(_jobs(study))))
-    return study
 
 
 def _values(settings: StudySettings) -> dict[str, list[str]]:
@@ -195,6 +202,14 @@ def _jobs(study: Study) -> Iterator[Job]:
                 used = {match[1] for word in split for match in PLACEHOLDER.finditer(word)}
                 needs |= {other for key, (_, other) in models.items() if key in used and other}
             yield Job(job, name, seed, model, output, tuple(commands), frozenset(needs))
+
+
+def _check_names(jobs: Sequence[Job]) -> None:
+    """Raise UserError if two jobs have the same name, because their files would be the same."""
+    arms: dict[str, str] = {}
+    for job in jobs:
+        if (other := arms.setdefault(job.name, job.arm)) != job.arm:
+            raise UserError(f"arms.{job.arm}: a job of {other} is called {job.name} too; rename one of these arms")
 
 
 def job_name(arm: str, seed: int | None) -> str:

@@ -143,6 +143,7 @@ def test_commands_of_each_job(make_study):
         ('steps: "3"', 'seed: "3", steps: "3"', "values.seed: this name has a meaning of its own"),
         ("'b=two words'", "'b=two words", "cannot be split into words"),
         ("merge model={one}", "merge model={both}", "arms.both: unknown placeholder 'both'"),
+        ("  start:", "  one-seed1: {model: bm25}\n  start:", "arms.one: a job of one-seed1 is called one-seed1 too"),
         ("title:", "titel:", "titel"),
         ("title: A study", "title: On {stops}", "title: unknown placeholder 'stops'"),
     ],
