@@ -59,7 +59,7 @@ def run(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["results.json", "baselines.json", "manifest.json", "config.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["results.json", "manifest.json", "config.yaml", "metrics.jsonl"])
 def test_damaged_files_of_a_run_are_named(run, tmp_path, name):
     source, arguments = run
     folder = tmp_path / "runs" / "run"

@@ -259,6 +259,11 @@ def test_report_of_an_incomplete_run_names_what_is_missing(run, tmp_path):
     assert "incomplete, at step 3 of 9" in text
     assert "untrained" in text  # from the baselines
 
+    (cut / "baselines.json").write_text('{"benchmarks": {"topics": 3}}')
+    text = incomplete(cut, tmp_path / "damaged", "results.json")
+    assert "untrained" not in text
+    assert "incomplete, at step 3 of 9" in text
+
 
 @pytest.mark.slow
 def test_compare_shows_the_text_of_queries_of_runs_and_evaluations(run, beir_root, tmp_path):
