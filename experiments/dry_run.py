@@ -6,10 +6,9 @@ import dataclasses
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from types import SimpleNamespace
 
 import lightning as L
@@ -20,7 +19,7 @@ from torch import nn
 from datamodules.batches import MultiTaskDataModule
 from datamodules.loader import default_num_workers
 from datamodules.packed import ContrastiveBatch
-from datamodules.records import Document
+from datamodules.records import Document, MinedNegatives
 from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step, build_data, describe_schedule
 from experiments.build.mining import build_mining_callback
@@ -35,6 +34,7 @@ from lightning_modules.callbacks.hard_negatives import HardNegativeMining
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.memory import Memory, num_bytes
+from lightning_modules.mining.mine import Mining
 from lightning_modules.retrieval.compute import computing_in, describe_device
 from lightning_modules.task_balance import GradientBalance, TaskGradients
 from lightning_modules.throughput import (
@@ -69,7 +69,8 @@ class DryRunOptions(ExperimentOptions):
     """Predict the memory and time of a training run.
 
     Reads the data, builds the encoder, and trains a few steps of every task on one rank of this machine. From these it
-    computes the cost of the configured ranks and steps. It writes nothing except the cache of the data.
+    computes the cost of the configured ranks and steps. Random documents take the place of the hard negatives that
+    training will mine. It writes nothing except the cache of the data.
     """
 
 
@@ -165,6 +166,9 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
     built: seconds that building data and module took.
     """
     module.to(device_of(config)).train()
+    mining, rounds = _planned_mining(config, data)
+    if rounds and data.rounds.at(0) is None:
+        _add_random_negatives(data, mining.miners)
     first = {task.task.name: _FirstBatches.of(task, data) for task in data.tasks}
     steps = _Steps(config, module)
     steps.warm_up([batch for batches in first.values() for batch in batches.warm_up])
@@ -175,12 +179,36 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
         update=combining + sum(steps.updates) / len(steps.updates),
         start=built + sum(batches.tokenising for batches in first.values()),
         teacher=_teacher_seconds(config, data, module),
-        mining=_mining_seconds(config, data, module, folder_of(config)),
+        mining=rounds * _mining_seconds(config, data, module, mining),
         evaluation=_evaluation_seconds(config, data, module),
         tasks=costs,
         ceiling=1e12 * config.trainer.peak_tflops
         or encoder_ceiling(module.encoder, computing_dtype(precision_of(config))),
     )
+
+
+def _planned_mining(config: Config, data: MultiTaskDataModule) -> tuple[Mining | None, int]:
+    """Return the mining during training, and the number of its rounds."""
+    callbacks = build_mining_callback(config, data, folder_of(config), batches_per_step(config))
+    if not callbacks:
+        return None, 0
+    (callback,) = callbacks
+    assert isinstance(callback, HardNegativeMining)
+    return callback.mining, len(range(callback.first_step, config.trainer.max_steps, callback.every_n_steps))
+
+
+def _add_random_negatives(data: MultiTaskDataModule, tasks: Collection[str]) -> None:
+    """Let tasks draw random documents in place of the hard negatives that they will mine."""
+    rng, negatives = np.random.default_rng(0), {}
+    for task in data.tasks:
+        if task.task.name in tasks:
+            count = task.options.num_hard_negatives
+            rows = [p.first_row + rng.integers(len(p.corpus), size=len(p.queries) * count) for p in task.pools()]
+            documents = np.concatenate(rows).astype(np.int32)
+            starts, scores = np.arange(0, len(documents) + 1, count), np.zeros(len(documents), dtype=np.float32)
+            negatives[task.task.name] = MinedNegatives(starts, documents, np.zeros_like(documents), scores, {})
+    data.rounds.write("random", negatives, {"data": data.fingerprints()})
+    data.rounds.begin(0, "random")
 
 
 @dataclass
@@ -194,7 +222,7 @@ class _FirstBatches:
 
     @classmethod
     def of(cls, task: TaskDataModule, data: MultiTaskDataModule) -> _FirstBatches:
-        task.prompts = data.prompts
+        task.prompts, task.rounds = data.prompts, data.rounds
         began = time.perf_counter()
         first_batches(task, data.tokenizer, 1)  # tokenises all texts of the task
         started = time.perf_counter()
@@ -350,17 +378,15 @@ def _teacher_seconds(config: Config, data: MultiTaskDataModule, module: Contrast
         return sum(_encode(config, teacher.encoder, task, *(part for part, _ in tables[task])) for task in tables)
 
 
-def _mining_seconds(config: Config, data: MultiTaskDataModule, module: ContrastiveModule, folder: Path) -> float:
-    """Return the seconds that one rank spends encoding for all rounds of mining, without ranking and judging."""
-    seconds = 0.0
-    for callback in build_mining_callback(config, data, folder, batches_per_step(config)):
-        assert isinstance(callback, HardNegativeMining)
-        if callback.mining.needs_encoder:
-            rounds = len(range(callback.first_step, config.trainer.max_steps, callback.every_n_steps))
-            pools = [pool for pool in data.pools() if pool.task in callback.mining.miners] if rounds else []
-            with computing_in(precision_of(config), module.device):
-                seconds += rounds * sum(_encode(config, module.encoder, p.task, p.corpus, p.queries) for p in pools)
-    return seconds
+def _mining_seconds(
+    config: Config, data: MultiTaskDataModule, module: ContrastiveModule, mining: Mining | None
+) -> float:
+    """Return the seconds that one rank spends encoding for a round of mining, without ranking and judging."""
+    if mining is None or not mining.needs_encoder:
+        return 0.0
+    pools = [pool for pool in data.pools() if pool.task in mining.miners]
+    with computing_in(precision_of(config), module.device):
+        return sum(_encode(config, module.encoder, pool.task, pool.corpus, pool.queries) for pool in pools)
 
 
 def _evaluation_seconds(config: Config, data: MultiTaskDataModule, module: ContrastiveModule) -> float:

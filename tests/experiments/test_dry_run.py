@@ -10,11 +10,14 @@ from experiments.build.data import build_data
 from experiments.build.module import build_module
 from experiments.config.experiment import load_config
 from experiments.dry_run import dry_run
+from experiments.mine import main as mine
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.pretrained import save_encoder
 from tests.experiments.test_train import TINY
 
 pytestmark = pytest.mark.slow
+
+TASKS = ("classification", "link_prediction", "search")
 
 
 @pytest.fixture
@@ -145,6 +148,36 @@ def test_encoding_for_mining_and_for_the_teacher_is_counted(predicted, make_enco
     bm25 = ["mining.miner={_target_: lightning_modules.mining.miners.BM25Miner}", "mining.relative_margin=null"]
     assert predicted(*mining, *bm25).mining == 0
     assert predicted(*teacher).teacher == sum(len(texts) for texts, _ in data.texts_of_rows()["search"])
+
+
+def test_batches_have_the_hard_negatives_of_mining(predicted, tmp_path_factory):
+    """Each of the eight queries of a batch brings further documents, unless two draw the same. Labels are few.
+
+    The sample's searches have hard negatives already.
+    """
+    without = predicted()
+    mining = ["mining.every_n_steps=4", "task.search.num_hard_negatives=0", "task.link_prediction.num_hard_negatives=3"]
+    planned = predicted(*mining)
+    store = tmp_path_factory.mktemp("store") / "mined"
+    mine(
+        [
+            "moe",
+            *TINY,
+            "mining.miner={_target_: lightning_modules.mining.miners.RandomMiner}",
+            "mining.relative_margin=null",
+            f"output={store}",
+        ]
+    )
+    mined = predicted(f"mining.store={store}")
+    added = {
+        name: [p.tasks[name].documents - without.tasks[name].documents for p in (planned, mined)] for name in TASKS
+    }
+    assert 2 < added["classification"][0] <= 8
+    assert 20 < added["link_prediction"][0] <= 24
+    assert added["search"][0] == -8
+    assert 2 < added["classification"][1] <= 8
+    assert 6 < added["link_prediction"][1] <= 8
+    assert -1 < added["search"][1] <= 0
 
 
 def test_sharded_ranks_hold_their_share_of_the_weights(predicted):
