@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from datamodules.records import UserError, short
+from datamodules.records import UserError, reason, short
 
 PARTIAL = ".partial"  # ends the name of a temporary folder
 
@@ -221,6 +221,18 @@ def read_json(path: Path, expected: type | Mapping[str, type] = dict, hint: str 
     if problem := _type_problem(content, expected):
         raise UserError(f"{path}: {problem}.{hint}")
     return content
+
+
+@contextmanager
+def damage_explained(path: Path, content: str, hint: str = RECREATED) -> Iterator[None]:
+    """Turn the errors of reading keys from damaged content into a UserError.
+
+    content: what the file should hold, such as "a manifest of a run". hint: what to do about a damaged file.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path}: damaged, or not {content} ({reason(error)}). {hint}".rstrip()) from error
 
 
 def _type_problem(content: Any, expected: type | Mapping[str, type]) -> str | None:

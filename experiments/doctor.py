@@ -56,7 +56,8 @@ def main(arguments: list[str]) -> int:
     for line in lines:
         say(f"{line.state:8}{line.subject:16}{line.finding}" + (f"\n{'':24}-> {line.fix}" if line.fix else ""))
     num_problems = sum(line.state == PROBLEM for line in lines)
-    say(f"\n{num_problems} problems" if num_problems else "\nno problems. Next: make train EXP=moe")
+    found = "1 problem" if num_problems == 1 else f"{num_problems} problems"
+    say(f"\n{found}" if num_problems else "\nno problems. Next: make train EXP=moe")
     return 1 if num_problems else 0
 
 

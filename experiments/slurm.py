@@ -184,6 +184,9 @@ def plan_runs(options: SlurmOptions, overrides: Sequence[str]) -> list[Run]:
         key, _, value = text.partition("=")
         if ranks.get(key, value) != value:
             raise UserError(f"{text}: NODES, GPUS and TASKS set it to {ranks[key]}")
+    for key, values in (("SEEDS", options.seeds), ("EXPS", options.exps)):
+        if len(set(values)) < len(values):
+            raise UserError(f"{key}: each may be named only once, got {','.join(values)}")
     experiments = options.exps or (options.experiment,)
     seeds = [[f"run.seed={seed}"] for seed in options.seeds] or [[]]
     runs = []

@@ -67,7 +67,8 @@ def main(arguments: Sequence[str]) -> None:
     runner = JobRunner(study.folder, jobs, options.parallel, options.minutes)
     try:
         if options.run:
-            _run(runner, study)
+            with writable_folder("output", study.folder):
+                _run(runner, study)
     finally:
         if any(is_complete(study.folder, job) for job in study.jobs):
             content = write_page(study, options.page or study.folder)

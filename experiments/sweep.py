@@ -22,6 +22,7 @@ from experiments.config.schema import Config
 from experiments.config.sweep_file import Sweep, as_override, check_trials, read_sweep, sweeps
 from experiments.run.trials import Controller, Trial
 from experiments.shared.console import entry_point, relative_path, verbosity
+from experiments.shared.output import writable_folder
 from experiments.shared.plain import say
 from experiments.shared.table_formats import Column, Table, print_table
 from lightning_modules.distributed.signals import Preempted
@@ -64,7 +65,8 @@ def main(arguments: Sequence[str]) -> None:
     controller = Controller(sweep, folder, options.parallel, options.retry_failed)
     check_trials(sweep)
     if options.trial is None:
-        run_all(controller)
+        with writable_folder("output", folder):
+            run_all(controller)
     else:
         run_one(controller, options.trial)
 

@@ -14,7 +14,7 @@ from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.config.experiment import read_config
 from experiments.config.run_config import existing_runs
-from experiments.results.results import Results, read_results, read_tables
+from experiments.results.results import Results, read_results, read_run_results, read_tables
 from experiments.run.folder import manifest_of
 from experiments.run.trials import read_rows
 from lightning_modules.mining.report import read_values
@@ -82,7 +82,7 @@ class RunFiles:
     @cached_property
     def results(self) -> Results | None:
         path = self.path / "results.json"
-        return read_results(path) if path.is_file() else None
+        return read_run_results(path)[0] if path.is_file() else None
 
     @cached_property
     def metrics(self) -> Mapping[int, Mapping[str, Any]]:

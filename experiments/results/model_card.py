@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import read_json
+from datamodules.files import damage_explained, read_json
 from experiments.config.experiment import read_config
 from experiments.results.hub_metadata import (
     CARD,
@@ -19,7 +19,7 @@ from experiments.results.hub_metadata import (
     start_of_run,
     without_paths,
 )
-from experiments.results.results import BenchmarkTable, Results, read_results
+from experiments.results.results import BenchmarkTable, Results, read_run_results
 from experiments.run.folder import manifest_of
 from experiments.shared.plain import plain
 from experiments.shared.table_formats import Column, Table, as_markdown, escape_markdown, markdown_table
@@ -62,7 +62,7 @@ def write_card(
     fingerprint: that of the whole encoder; results of a run are shown if they are those of this encoder.
     """
     hub = hub or HubDetails()
-    results = read_results(run / "results.json") if run and (run / "results.json").is_file() else None
+    results = read_run_results(run / "results.json")[0] if run and (run / "results.json").is_file() else None
     measured = _measured(results, task, fingerprint, similarity) if results else {}
     sections = [
         f"---\n{front_matter(source, run, task, measured, hub)}---",
@@ -76,7 +76,9 @@ def write_card(
     if results is not None and (task in ("", "average") or task in _trained_tasks(manifest)):
         sections.append(_results(results, measured, task))
     if recipe := next((path for path in (folder / RECIPE, Path(source) / RECIPE) if path.is_file()), None):
-        sections.append(_merge(recipe))
+        content = read_json(recipe, {"members": list, "parts": dict, "tried": list, "dev": list}, hint="")
+        with damage_explained(recipe, "the recipe of a merged model", hint=""):
+            sections.append(_merge(content))
     path = folder / CARD
     path.write_text("\n\n".join([*sections, CITATION]) + "\n", encoding="utf-8")
     return path
@@ -207,9 +209,8 @@ def _run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
     return f"## Training\n\n{text}\n\n{block}\n\nWith {escape_markdown(f'{versions}. {commit}')}"
 
 
-def _merge(path: Path) -> str:
-    """Return the section on how a merged model was made. path: its recipe."""
-    recipe = read_json(path, {"members": list, "parts": dict, "tried": list, "dev": list})
+def _merge(recipe: Mapping[str, Any]) -> str:
+    """Return the section on how a merged model was made."""
     parts = [f"{name}: {' '.join(map(str, weights))}" for name, weights in recipe["parts"].items()]
     text = f"The parameters are the {escape_markdown(recipe['method'])} average of these models."
     if parts:

@@ -19,6 +19,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from datamodules.files import damage_explained
 from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.structured import read_yaml, structured
@@ -207,7 +208,8 @@ def _read_table(path: Path) -> PaperTable:
     )
     for column in columns:
         parse_metric(column.metric)
-    rows = {system: tuple(map(_read_cell, line.partition("|")[0].split())) for system, line in content.rows.items()}
+    with damage_explained(path, "a table of cells", hint=""):
+        rows = {system: tuple(map(_read_cell, line.partition("|")[0].split())) for system, line in content.rows.items()}
     for system, cells in rows.items():
         if len(cells) != len(columns):
             raise UserError(f"{path}: {system} has {len(cells)} cells, expected {len(columns)}, one per column")

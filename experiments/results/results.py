@@ -6,14 +6,13 @@ import dataclasses
 import functools
 import statistics
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from datamodules.files import RECREATED, read_json, write_json
-from datamodules.records import UserError, check_name, reason, short
+from datamodules.files import RECREATED, damage_explained, read_json, write_json
+from datamodules.records import UserError, check_name, short
 
 T = TypeVar("T")
 # Keys that are left out if None. Others are written as null.
@@ -161,7 +160,7 @@ def read_results(path: Path) -> Results:
     """Read a results.json of a run or of `make eval`. Raises UserError if it is damaged or is another kind of file."""
     content, benchmarks = read_tables(path)
     kind = RunInfo if "experiment" in content else EvaluationInfo
-    with _damage_explained(path):
+    with damage_explained(path, "results of evaluations"):
         return Results(info=_checked(kind, content), benchmarks=benchmarks)
 
 
@@ -176,16 +175,8 @@ def read_run_results(path: Path) -> tuple[Results, RunInfo]:
 def read_tables(path: Path) -> tuple[dict[str, Any], Benchmarks]:
     """Read a file with the tables of benchmarks, and return its content and the tables. Raises UserError as above."""
     content = read_json(path, {"benchmarks": dict})
-    with _damage_explained(path):
+    with damage_explained(path, "results of evaluations"):
         return content, tables_from_json(content["benchmarks"])
-
-
-@contextmanager
-def _damage_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or not results of evaluations ({reason(error)}). {RECREATED}") from error
 
 
 def tables_to_json(tables: Benchmarks) -> dict[str, Any]:

@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from omegaconf import OmegaConf
 
-from datamodules.files import RECREATED, read_json, write_json, write_text
-from datamodules.records import UserError, changes, explained, reason
+from datamodules.files import damage_explained, read_json, write_json, write_text
+from datamodules.records import UserError, changes, explained
 from experiments.config.experiment import LAST, as_dict, folder_of, read_config
 from experiments.config.schema import Config
 from experiments.run.lock import replace_folder
@@ -307,14 +307,12 @@ def manifest_of(run: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     manifest = {"attempts": [], "data": {}, "versions": {}, "parameters": 0} | read_json(path)
-    try:
+    with damage_explained(path, "a manifest of a run"):
         for attempt in manifest["attempts"]:
             float(attempt["seconds"] or 0), int(attempt.get("devices", 1))
         for collection in manifest["data"].values():
             collection["task"], int(collection["documents"]), collection["queries"].items(), collection["fingerprint"]
         dict(manifest["versions"]), int(manifest["parameters"]), (manifest.get("git") or {}).items()
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise UserError(f"{path}: damaged, or not a manifest of a run ({reason(error)}). {RECREATED}") from error
     return manifest
 
 

@@ -310,6 +310,21 @@ def test_base_model_is_that_of_the_first_of_several_runs(run, tmp_path):
     assert "The run started from one." in card.text
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({}, "expected a list as members"),
+        ({"members": [], "tried": [], "dev": [], "parts": {}}, "'method' is missing"),
+        ({"members": [3], "tried": [], "dev": [], "parts": {}, "method": "linear"}, "damaged, or not the recipe"),
+    ],
+)
+def test_damaged_recipe_of_a_merge_raises_user_error(run, tmp_path, recipe, message):
+    """A recipe without a key ended the export of a merged model in KeyError."""
+    (tmp_path / "merge.json").write_text(json.dumps(recipe))
+    with pytest.raises(UserError, match=rf"merge\.json: .*{message}"):
+        write_card(tmp_path, load_encoder(run), "merged", None, "dot")
+
+
 def test_text_that_is_not_ours_is_escaped_in_the_card(run, tmp_path, monkeypatch):
     encoder = load_encoder(run)
     hostile = "| </td> *b* _i_ [l](http://evil) `c` <script> ![x](y) $z$ &amp; --- ``` #"

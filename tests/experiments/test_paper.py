@@ -8,7 +8,7 @@ from datamodules.records import UserError
 from experiments.build.suite import load_suite
 from experiments.config.structured import read_yaml
 from experiments.reproduce import main
-from experiments.results.paper import FOLDER, compare_with_paper, figures, tables
+from experiments.results.paper import FOLDER, _read_table, compare_with_paper, figures, tables
 from experiments.results.results import tables_from_json
 
 TABLES = {table.name: table for table in tables()}
@@ -20,6 +20,13 @@ AVERAGES = {  # table -> system -> average of its row, as printed; a test alone 
     }
     for content in map(read_yaml, FOLDER.glob("*.yaml"))
 }
+
+
+def test_malformed_cell_raises_user_error(tmp_path):
+    columns = "columns: [{protocol: p, metrics: [f1]}]"
+    (tmp_path / "one.yaml").write_text(f"name: One\ntitle: A table\n{columns}\nrows: {{SciBERT: 7x.9}}\n")
+    with pytest.raises(UserError, match=r"one\.yaml: damaged, or not a table of cells .*'7x\.9'"):
+        _read_table(tmp_path / "one.yaml")
 
 
 def test_every_average_is_the_mean_of_its_row():

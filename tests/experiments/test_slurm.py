@@ -111,6 +111,8 @@ def test_times_are_read_as_slurm_reads_them(time, expected):
         (["TIME=60", "NODE=2"], r"unknown key NODE; did you mean NODES\?"),
         (["TIME=60", "EXPS=moe,mo"], "unknown experiment 'mo'"),
         (["TIME=60", "SEEDS=0,1", "run.dir=x"], "run.dir: each job of an array needs its own folder"),
+        (["TIME=60", "SEEDS=0,1,0"], "SEEDS: each may be named only once, got 0,1,0"),
+        (["TIME=60", "EXPS=moe,moe"], "EXPS: each may be named only once"),
         (["TIME=60", "trainer.devices=4"], "trainer.devices=4: NODES, GPUS and TASKS set it to 1"),
     ],
 )

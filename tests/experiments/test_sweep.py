@@ -400,6 +400,11 @@ def test_trials_of_another_sweep_are_not_shown_as_trials_of_this_one(make_sweep,
     assert not (output / "results.json").exists()
 
 
+def test_an_output_that_is_a_file_raises_user_error(make_sweep, tmp_path):
+    with pytest.raises(UserError, match="output: .*mine.yaml cannot be used"):
+        sweep(["moe", f"sweep={make_sweep(THREE)}", f"output={tmp_path / 'mine.yaml'}"])
+
+
 def test_bayes_needs_a_controller(make_sweep, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = make_sweep("method: bayes\nrun_cap: 4\nparameters: {optim.lr: {min: 0.1, max: 1.0}}\n")
