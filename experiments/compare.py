@@ -18,6 +18,7 @@ from experiments.config.run_config import packages_option
 from experiments.results.comparison import (
     MeasuredSystem,
     aligned_values,
+    chosen_benchmarks,
     incomparable,
     largest_differences,
     open_systems,
@@ -133,11 +134,9 @@ def _write(
 
 def _compare(a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem], options: CompareOptions) -> dict[str, Any]:
     """Return the content of compare.json: the comparison on each benchmark, and why others are left out."""
-    names = list(dict.fromkeys(name for system in (*a, *b) for name in system.benchmarks))
-    if unknown := set(options.benchmark) - set(names):
-        raise UserError(f"benchmark: no results on {', '.join(sorted(unknown))}; choose from {', '.join(names)}")
+    measured = dict.fromkeys(name for system in (*a, *b) for name in system.benchmarks)
     compared, left_out = {}, {}
-    for name in options.benchmark or names:
+    for name in chosen_benchmarks(options.benchmark, measured):
         try:
             compared[name] = _compare_on(name, a, b, options)
         except UserError as error:

@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -176,6 +176,14 @@ def seeds_of(systems: Sequence[MeasuredSystem]) -> tuple[int, ...]:
     """Return the seeds of the runs that systems are from, or () if one is not from a run or two have the same seed."""
     seeds = [info.seed for system in systems if isinstance(info := system.results.info, RunInfo)]
     return tuple(seeds) if len({*seeds}) == len(systems) else ()
+
+
+def chosen_benchmarks(chosen: Sequence[str], measured: Iterable[str]) -> list[str]:
+    """Return the benchmarks to compare on, by default all measured ones. Raises UserError for others."""
+    measured = list(measured)
+    if unknown := set(chosen) - set(measured):
+        raise UserError(f"benchmark: no results on {', '.join(sorted(unknown))}; choose from {', '.join(measured)}")
+    return list(chosen) or measured
 
 
 def aligned_values(

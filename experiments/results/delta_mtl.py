@@ -7,8 +7,17 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from datamodules.records import UserError
-from experiments.results.comparison import MeasuredSystem, aligned_values, incomparable, open_systems
+from experiments.results.comparison import (
+    MeasuredSystem,
+    aligned_values,
+    chosen_benchmarks,
+    incomparable,
+    open_systems,
+)
+from experiments.results.results import BenchmarkTable
 from experiments.shared.table_formats import Column, Table
 from lightning_modules.retrieval.relative_gain import relative_gains
 
@@ -49,36 +58,20 @@ def compare_with_single_tasks(
 
     Raises UserError if a task has no single-task model, or no benchmark on which the models can be compared.
     """
-    tables = {name: table for system in joint for name, table in system.benchmarks.items()}
-    for task, systems in single.items():
-        results = {name: each for system in systems for name, each in system.benchmarks.items() if each.task == task}
-        if not results:
-            raise UserError(f"single={task}: {systems[0].folder} has no results of {task}; evaluate it on that task")
-        tables |= results | tables
-    if unknown := set(benchmarks) - set(tables):
-        raise UserError(f"benchmark: no results on {', '.join(sorted(unknown))}; choose from {', '.join(tables)}")
-    values: dict[str, dict[str, Any]] = defaultdict(dict)
+    tables = _tables(joint, single)
+    values: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = defaultdict(dict)
     described, left_out = {}, {}
-    for name in benchmarks or tables:
+    for name in chosen_benchmarks(benchmarks, tables):
         task = str(tables[name].task)
         if task not in single:
             raise UserError(
                 f"single: has no model of {task}, which A was evaluated on; add {task}:FOLDER, or name the benchmarks "
                 "to compare with benchmark=NAME,..."
             )
-        systems = (*joint, *single[task])
         try:
-            if reason := incomparable(systems, name):
-                raise UserError(reason)
-            chosen = metric or joint[0].main_metric(name)
-            *pair, queries = aligned_values(joint, single[task], name, chosen)
+            values[task][name], described[name] = _compare_on(name, joint, single[task], metric)
         except UserError as error:
             left_out[name] = str(error)
-            continue
-        values[task][name] = pair
-        means = {"mean_joint": float(pair[0].mean()), "mean_single": float(pair[1].mean())}
-        keys = {key: getattr(tables[name], key) for key in ("task", "split", "protocol", "data")}
-        described[name] = {**keys, "metric": chosen, "queries": len(queries), **means}
     if lost := {str(tables[name].task) for name in left_out} - set(values):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items() if tables[name].task in lost)
         raise UserError(
@@ -94,6 +87,37 @@ def compare_with_single_tasks(
         "tasks": {task: dataclasses.asdict(gain) for task, gain in gains.tasks.items()},
         "delta_mtl": dataclasses.asdict(gains.delta_mtl),
         "left_out": left_out,
+    }
+
+
+def _tables(joint: Sequence[MeasuredSystem], single: SingleTaskModels) -> dict[str, BenchmarkTable]:
+    """Return the benchmarks of the joint model, and those of each single-task model on its own task."""
+    tables = {name: table for system in joint for name, table in system.benchmarks.items()}
+    for task, systems in single.items():
+        results = {name: each for system in systems for name, each in system.benchmarks.items() if each.task == task}
+        if not results:
+            raise UserError(f"single={task}: {systems[0].folder} has no results of {task}; evaluate it on that task")
+        tables |= results | tables
+    return tables
+
+
+def _compare_on(
+    name: str, joint: Sequence[MeasuredSystem], single: Sequence[MeasuredSystem], metric: str | None
+) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, Any]]:
+    """Return the values of both models on a benchmark, (S, Q) and (S', Q), and its description in compare.json.
+
+    Raises UserError if they cannot be compared.
+    """
+    if reason := incomparable((*joint, *single), name):
+        raise UserError(reason)
+    table, metric = joint[0].benchmarks[name], metric or joint[0].main_metric(name)
+    values, single_values, queries = aligned_values(joint, single, name, metric)
+    return (values, single_values), {
+        **{key: getattr(table, key) for key in ("task", "split", "protocol", "data")},
+        "metric": metric,
+        "queries": len(queries),
+        "mean_joint": float(values.mean()),
+        "mean_single": float(single_values.mean()),
     }
 
 

@@ -34,60 +34,41 @@ SIGNIFICANT = 0.05
 LABEL, PLOT, ROW, HEAD = 150, 420, 18, 46  # widths and heights of the plot, in pixels
 
 Content = Mapping[str, Any]
+Seeds = Mapping[int | None, MeasuredSystem]  # seed -> the system that was trained with it
 Groups = Mapping[tuple[str, str], list[str]]  # (group, task or benchmark) -> benchmarks
 
 
 def collect(study: Study) -> dict[str, Any]:
     """Return the content of study.json, from the jobs that are complete."""
-    systems = {arm: _systems(study, arm) for arm in study.arms}
-    systems = {arm: seeds for arm, seeds in systems.items() if seeds}
+    systems = {arm: seeds for arm in study.arms if (seeds := _systems(study, arm))}
     if not systems:
         raise UserError("no job of the study is complete, so there is nothing to show")
-    tables = {name: table for seeds in systems.values() for s in seeds for name, table in s.benchmarks.items()}
+    tables = {name: table for seeds in systems.values() for s in seeds.values() for name, table in s.benchmarks.items()}
     incomplete, transplants = list(_incomplete(study)), study.settings.transplants
     _check_names("held_out", study.settings.held_out, tables)
     if not incomplete:  # until then, the only arms that have a task may be missing
         _check_names("transplants", [*transplants, *transplants.values()], tables)
-    benchmarks = _benchmarks(study, tables, [system for seeds in systems.values() for system in seeds])
+    benchmarks = _benchmarks(study, tables, [system for seeds in systems.values() for system in seeds.values()])
     check_transplants(transplants, benchmarks)
     arms = {arm: _arm(study, arm, seeds, benchmarks) for arm, seeds in systems.items()}
-
-    def compared(a: str, b: str, groups: Groups) -> list[dict[str, Any]]:
-        by_seed = [
-            {run["seed"]: system for run, system in zip(arms[arm]["runs"], systems[arm], strict=True)} for arm in (a, b)
-        ]
-        common = [seed for seed in by_seed[0] if seed in by_seed[1]]
-        sides = [[side[seed] for seed in common or side] for side in by_seed]
-        rows = difference(*sides, benchmarks, groups, paired_seeds=bool(common))
-        return [{"a": a, "b": b} | row for row in rows]
-
+    start = study.settings.start if study.settings.start in systems else ""
+    pairs = [(arm, start) for arm in systems if arm != start] if start else []
     means = groups_of(benchmarks)
-    held_out = {(HELD_OUT, name): [name] for name, each in benchmarks.items() if each["group"] == HELD_OUT}
-    start = study.settings.start
-    gains = [(arm, start) for arm in systems if arm != start] if start in systems else []
-    tests = [
-        row
-        for a, b, *tasks in study.settings.compare
-        if {a, b} <= systems.keys()
-        for row in compared(a, b, means)
-        if not tasks or row["task"] in tasks
-    ]
-    for row, p in zip(tests, holm([row["p"] for row in tests]), strict=True):
-        row["p_holm"] = p
+    single = {(HELD_OUT, name): [name] for name, each in benchmarks.items() if each["group"] == HELD_OUT}
     return {
         "study": study.name,
         "title": study.settings.title,
         "values": dict(study.settings.values),
-        "start": start if start in systems else "",
+        "start": start,
         "benchmarks": benchmarks,
         "arms": arms,
-        "gains": [row for a, b in gains for row in compared(a, b, means)],
-        "held_out": [row for a, b in gains for row in compared(a, b, held_out)],
-        "tests": tests,
+        "gains": [row for a, b in pairs for row in _compare(a, b, systems, benchmarks, means)],
+        "held_out": [row for a, b in pairs for row in _compare(a, b, systems, benchmarks, single)],
+        "tests": _tests(study, systems, benchmarks, means),
         "interference": [
             row
             for arm, seeds in systems.items()
-            for row in interference(arm, arms[arm]["runs"], seeds, transplants, benchmarks)
+            for row in interference(arm, arms[arm]["runs"], list(seeds.values()), transplants, benchmarks)
         ],
         "incomplete": incomplete,
     }
@@ -136,30 +117,30 @@ def _group(study: Study, benchmark: str) -> str:
     return HELD_OUT if benchmark in study.settings.held_out else TRAINED_ON
 
 
-def _systems(study: Study, arm: str) -> list[MeasuredSystem]:
+def _systems(study: Study, arm: str) -> Seeds:
     """Return the evaluated model of each seed of an arm that is complete."""
-    outputs = [str(job.output) for job in study.jobs_of(arm) if is_complete(study.folder, job)]
-    return open_systems(f"arms.{arm}", outputs)
+    jobs = [job for job in study.jobs_of(arm) if is_complete(study.folder, job)]
+    systems = open_systems(f"arms.{arm}", [str(job.output) for job in jobs])
+    return {job.seed: system for job, system in zip(jobs, systems, strict=True)}
 
 
-def _arm(study: Study, arm: str, systems: Sequence[MeasuredSystem], benchmarks: Content) -> dict[str, Any]:
-    jobs = {job.output: job for job in study.jobs_of(arm)}
+def _arm(study: Study, arm: str, systems: Seeds, benchmarks: Content) -> dict[str, Any]:
     runs = []
-    for system in systems:
-        job, metrics = jobs[system.folder], system.benchmarks
-        devices = {table.systems[system.system].device for table in metrics.values()}
+    for job in study.jobs_of(arm):
+        if job.seed not in systems:
+            continue
+        system = systems[job.seed]
+        results = {name: table.systems[system.system] for name, table in system.benchmarks.items()}
         runs.append(
             {
                 "seed": job.seed,
                 "results": str(system.folder.relative_to(study.folder) / "results.json"),
                 "values": {
-                    name: metrics[name].systems[system.system].metrics[each["metric"]]
-                    for name, each in benchmarks.items()
-                    if name in metrics
+                    name: results[name].metrics[each["metric"]] for name, each in benchmarks.items() if name in results
                 },
                 "cosines": gradient_cosines(study.folder / job.name),
                 "seconds": seconds_of(study.folder, job),
-                "devices": sorted(filter(None, devices)),
+                "devices": sorted({result.device for result in results.values()} - {None}),
             }
         )
     return {"about": study.arms[arm].about, "commands": _commands(study, arm), "runs": runs}
@@ -182,17 +163,27 @@ def groups_of(benchmarks: Content) -> Groups:
     return groups
 
 
-def difference(
-    a: Sequence[MeasuredSystem],
-    b: Sequence[MeasuredSystem],
-    benchmarks: Content,
-    groups: Groups,
-    paired_seeds: bool,
+def _tests(study: Study, systems: Mapping[str, Seeds], benchmarks: Content, groups: Groups) -> list[dict[str, Any]]:
+    """Compare the pairs of arms that the study's file names, and correct p for their number (Holm)."""
+    rows = [
+        row
+        for a, b, *tasks in study.settings.compare
+        if {a, b} <= systems.keys()
+        for row in _compare(a, b, systems, benchmarks, groups)
+        if not tasks or row["task"] in tasks
+    ]
+    return [row | {"p_holm": p} for row, p in zip(rows, holm([row["p"] for row in rows]), strict=True)]
+
+
+def _compare(
+    arm: str, other: str, systems: Mapping[str, Seeds], benchmarks: Content, groups: Groups
 ) -> Iterator[dict[str, Any]]:
     """Compare two arms on the mean of each group of benchmarks that both have: difference, its interval, and p.
 
-    paired_seeds: whether both arms have the same seeds, in the same order.
+    The seeds are those that both arms have, or all if they share none.
     """
+    common = [seed for seed in systems[arm] if seed in systems[other]]
+    a, b = ([seeds[seed] for seed in common or seeds] for seeds in (systems[arm], systems[other]))
     values = {
         name: aligned_values(a, b, name, each["metric"])[:2]
         for name, each in benchmarks.items()
@@ -202,9 +193,9 @@ def difference(
         if not values.keys() >= set(names):
             continue
         pairs = [values[name] for name in names]
-        low, high = bootstrap_interval(pairs, paired_seeds=paired_seeds)
+        low, high = bootstrap_interval(pairs, paired_seeds=bool(common))
         mean = statistics.fmean(float(x.mean() - y.mean()) for x, y in pairs)
-        row = {"group": group, "task": task, "difference": mean, "low": low, "high": high}
+        row = {"a": arm, "b": other, "group": group, "task": task, "difference": mean, "low": low, "high": high}
         yield row | {"seeds": [len(a), len(b)], "p": mean_difference_p(pairs)}
 
 
@@ -375,20 +366,24 @@ def plot_of(content: Content) -> str:
     for number, (group, task) in enumerate(groups):
         top = number * height
         elements.append(text(10, top + 20, f"{task}, {group}: gain over {content['start']} in points", "bold"))
-        zero = LABEL - low * scale
-        elements.append(box(zero, top + 28, 1, ROW * len(arms) + 4, GREY))
-        for row_number, arm in enumerate(arms):
-            row = next((r for r in rows if (r["a"], r["group"], r["task"]) == (arm, group, task)), None)
-            if row is None:
-                continue
-            y = top + 32 + ROW * row_number
-            start, end, at = (LABEL + (row[key] - low) * scale for key in ("low", "high", "difference"))
-            colour = BLUE if row["low"] > 0 else RED if row["high"] < 0 else GREY
-            elements.append(text(LABEL - 8, y + 10, arm, anchor="end"))
-            elements.append(box(start, y + 5, max(end - start, 1), 2, colour))
-            elements.append(box(at - 3, y + 2, 6, 8, colour))
-            elements.append(text(LABEL + PLOT + 10, y + 10, f"{100 * row['difference']:+.1f}"))
+        elements.append(box(LABEL - low * scale, top + 28, 1, ROW * len(arms) + 4, GREY))
+        by_arm = {row["a"]: row for row in rows if (row["group"], row["task"]) == (group, task)}
+        for line, arm in enumerate(arms):
+            if arm in by_arm:
+                elements += _interval(by_arm[arm], top + 32 + ROW * line, low, scale)
     return document(LABEL + PLOT + 60, len(groups) * height + 10, elements)
+
+
+def _interval(row: Content, y: float, low: float, scale: float) -> list[str]:
+    """Draw an arm's gain with its interval. low: value at the left edge of the plot. scale: pixels per unit."""
+    start, end, at = (LABEL + (row[key] - low) * scale for key in ("low", "high", "difference"))
+    colour = BLUE if row["low"] > 0 else RED if row["high"] < 0 else GREY
+    return [
+        text(LABEL - 8, y + 10, row["a"], anchor="end"),
+        box(start, y + 5, max(end - start, 1), 2, colour),
+        box(at - 3, y + 2, 6, 8, colour),
+        text(LABEL + PLOT + 10, y + 10, f"{100 * row['difference']:+.1f}"),
+    ]
 
 
 def read_study_json(path: Path) -> dict[str, Any]:
