@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import write_json, write_text
+from datamodules.files import read_json, write_json, write_text
 from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.arguments import parse
 from experiments.config.study_file import Job, Study, read_study, studies
-from experiments.results.study_page import collect, page, plot_of, read_study_json, records, tables
+from experiments.results.study_page import collect, page, plot_of, records, tables
 from experiments.run.jobs import JobRunner, is_complete
 from experiments.shared.console import counted, entry_point, relative_path
 from experiments.shared.output import writable_folder
@@ -101,7 +101,7 @@ def write_page(study: Study, folder: Path) -> Mapping[str, Any]:
     """Write NAME.json, NAME.md and NAME.svg from the jobs that are complete, and return the content of NAME.json."""
     with writable_folder("page", folder):
         write_json(folder / f"{study.name}.json", collect(study))
-        content = read_study_json(folder / f"{study.name}.json")
+        content = read_json(folder / f"{study.name}.json")  # so that the page needs nothing else
         if content["gains"]:
             write_text(folder / f"{study.name}.svg", plot_of(content))
         write_text(folder / f"{study.name}.md", page(content, f"{study.name}.svg"))

@@ -33,7 +33,7 @@ from experiments.config.experiment import (
     parse_overrides,
 )
 from experiments.config.schema import Config
-from experiments.results.final_table import FinalTable
+from experiments.results.final_table import FinalTable, show_results
 from experiments.results.results import RunInfo, read_run_results
 from experiments.run.agent_trials import publish_trial
 from experiments.run.endings import describe_resuming, exit_status, name_lost_ranks, next_steps, raise_if_preempted
@@ -105,7 +105,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         check_data_of_complete_run(folder, config)
         results, info = read_run_results(folder.results)
         restore_merged(config, folder.path, info)
-        FinalTable.show(results)
+        show_results(results)
         log.info("The run in %s is complete (run.resume=never trains it again).", folder.path)
         return
 
@@ -153,7 +153,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         table.finish(encoder, checkpoint.name, step, trainer.global_step, module.document_vectors)
     if trainer.is_global_zero:
         log_end(loggers, table, trainer.global_step, [checkpoint, folder.path / "config.yaml"])
-        table.show(table.results)
+        show_results(table.results)
         log.info("The run is in %s", folder.path)
         log.info("%s", next_steps(config, overrides, folder.path))
 

@@ -103,23 +103,6 @@ class FinalTable:
         ]
         return ["task", "benchmark", "system", *metrics], rows
 
-    @staticmethod
-    def show(results: Results) -> None:
-        """Print the results of a run."""
-        info = results.info
-        if not results.benchmarks:
-            log.info("no final table (evaluation.split=none): the run ended with step %d", info.checkpoint_step)
-            return
-        chosen = "" if info.checkpoint != LAST.name else " (the dev splits were not used)"
-        stopped = f", stopped early at step {info.stopped_at}" if info.stopped_at else ""
-        starts = {table.systems["start"].model for table in results.benchmarks.values() if "start" in table.systems}
-        start = f", start: {starts.pop()}" if len(starts) == 1 and starts != {"start"} else ""  # "start" in old files
-        title = (
-            f"{info.experiment}, scale {info.scale}, seed {info.seed}, {info.checkpoint}{chosen} of step "
-            f"{info.checkpoint_step} of {info.steps}{stopped}, {info.split} split{start}"
-        )
-        print_tables("table", result_tables(results.benchmarks, info.metrics, title), [])
-
     def _evaluate_encoder(
         self, name: str, encoder: Encoder, model: str | None = None, document_vectors: VectorCache | None = None
     ) -> Benchmarks:
@@ -151,3 +134,20 @@ class FinalTable:
             log.warning("the baselines have other data, metrics or protocols, so the final table leaves them out")
             return {}
         return tables
+
+
+def show_results(results: Results) -> None:
+    """Print the results of a run."""
+    info = results.info
+    if not results.benchmarks:
+        log.info("no final table (evaluation.split=none): the run ended with step %d", info.checkpoint_step)
+        return
+    chosen = "" if info.checkpoint != LAST.name else " (the dev splits were not used)"
+    stopped = f", stopped early at step {info.stopped_at}" if info.stopped_at else ""
+    starts = {table.systems["start"].model for table in results.benchmarks.values() if "start" in table.systems}
+    start = f", start: {starts.pop()}" if len(starts) == 1 and starts != {"start"} else ""  # "start" in old files
+    title = (
+        f"{info.experiment}, scale {info.scale}, seed {info.seed}, {info.checkpoint}{chosen} of step "
+        f"{info.checkpoint_step} of {info.steps}{stopped}, {info.split} split{start}"
+    )
+    print_tables("table", result_tables(results.benchmarks, info.metrics, title), [])

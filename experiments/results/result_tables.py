@@ -103,8 +103,8 @@ def cost_tables(benchmarks: Benchmarks) -> list[Table]:
     money_column = [Column("money", ",.4f", "lowest")] if any(num_priced.values()) else []
     grid = Table([Column("system"), Column("devices", ""), *COST_COLUMNS, *money_column], title="cost")
     for system, group in with_cost.items():
-        cost = total_cost([r.cost for r in group.values()], [r.seconds["encode"] for r in group.values()])
-        total, device = len(results[system]), next(iter(group.values())).device
+        cost, device = total_cost(list(group.values())), next(iter(group.values())).device
+        total = len(results[system])
         is_partly_priced = 0 < num_priced[system] < len(group)
         money = f"({num_priced[system]} of {len(group)})" if is_partly_priced else cost.money
         grid.add(

@@ -257,12 +257,13 @@ def combine(*results: Benchmarks) -> Benchmarks:
     return combined
 
 
-def total_cost(costs: Sequence[Cost], encode_seconds: Sequence[float]) -> Cost:
+def total_cost(results: Sequence[SystemResult]) -> Cost:
     """Add up the costs of one system on several benchmarks; memory is the largest.
 
-    encode_seconds: seconds of encoding for each benchmark. The sum has money only if every cost does.
+    All results must have a cost. The sum has money only if every cost does.
     """
-    with_seconds = [(cost, seconds) for cost, seconds in zip(costs, encode_seconds, strict=True) if cost.texts]
+    costs = [result.cost for result in results]
+    with_seconds = [(result.cost, result.seconds["encode"]) for result in results if result.cost.texts]
     encoding, devices = sum(seconds for _, seconds in with_seconds), max(cost.devices for cost in costs)
     texts, tokens = sum(cost.texts for cost in costs), sum(cost.tokens for cost in costs)
     has_mfu = encoding and all(cost.mfu is not None for cost, _ in with_seconds)

@@ -8,10 +8,8 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-from datamodules.files import read_json
 from datamodules.records import UserError
 from experiments.config.study_file import Study
 from experiments.results.comparison import MeasuredSystem, aligned_values, incomparable, open_systems
@@ -384,10 +382,3 @@ def _interval(row: Content, y: float, low: float, scale: float) -> list[str]:
         box(at - 3, y + 2, 6, 8, colour),
         text(LABEL + PLOT + 10, y + 10, f"{100 * row['difference']:+.1f}"),
     ]
-
-
-def read_study_json(path: Path) -> dict[str, Any]:
-    """Return the content of a study.json."""
-    lists = ("gains", "held_out", "tests", "interference", "incomplete")
-    kinds = {"title": str, "values": dict, "start": str, "benchmarks": dict, "arms": dict}
-    return read_json(path, kinds | dict.fromkeys(lists, list))
