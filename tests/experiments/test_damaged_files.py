@@ -232,7 +232,7 @@ def test_damaged_manifest_raises_user_error(tmp_path, content):
     path = tmp_path / "manifest.json"
     path.write_bytes(content)
     message = message_of(manifest_of, tmp_path)
-    is_manifest = content in (b"{}", b'{"a": 1}') or b'"split"' in content or b'"benchmarks": []' in content
+    is_manifest = content in (b"{}", b'{"a": 1}') or b'"split"' in content or b'"benchmarks"' in content
     assert message.startswith(str(path)) != is_manifest
 
 
