@@ -26,7 +26,7 @@ from datamodules.papers.paper_record import (
 )
 from datamodules.readers.checks import SPLIT_NAMES, check_id
 from datamodules.readers.io import numbered_lines
-from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
+from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError, check_choice, explained, short
 from datamodules.text import TEXT_KEYS
 
@@ -160,12 +160,12 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
         if cells is None or (not problem and not any(cell.strip() for cell in cells)):
             continue
         count += 1
-        row = Row(bad, path, start, "".join(lines.row)[:QUARANTINED_TEXT].rstrip("\r\n"), count)
+        row = Row(bad, path, start, "".join(lines.row).rstrip("\r\n"), count)
         if not problem and len(cells) != len(header):
             problem = f"has {len(cells)} cells, but the header has {len(header)}"
         if problem:
             lines.read_again_after_first()
-            row.text = lines.row[0][:QUARANTINED_TEXT].rstrip("\r\n")
+            row.text = lines.row[0].rstrip("\r\n")
             bad.report(row, problem)
         else:
             row.value = dict(zip(header, cells, strict=True))
@@ -217,7 +217,7 @@ def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
                 count += 1
                 cells_by_name = itertools.zip_longest(header, map(_plain_cell, values))  # some programs leave out cells
                 value = {str(name): cell for name, cell in cells_by_name if name is not None}
-                yield Row(bad, path, number, str(value)[:QUARANTINED_TEXT], count, value)
+                yield Row(bad, path, number, str(value), count, value)
         if filled := [each.title for each in others if any(map(any, each.iter_rows(values_only=True)))]:
             log.warning("%s: only the sheet %s is read; not read: %s", path, sheet.title, ", ".join(filled))
     except (UserError, GeneratorExit):

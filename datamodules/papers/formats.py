@@ -16,7 +16,7 @@ from datamodules.papers import arxiv, bibtex, columns, csl, openalex, pubmed, ri
 from datamodules.papers.paper_record import Paper
 from datamodules.readers.io import numbered_lines, read_lines, suffix_of
 from datamodules.readers.json_files import as_object, is_list, read_entries, read_values
-from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
+from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.tables import read_tables
 from datamodules.records import UserError, check_choice
 
@@ -60,7 +60,7 @@ def _page_rows(path: Path, bad: BadLines) -> Iterator[Row]:
         page = _page(value)
         for entry in [value] if page is None else page:
             count += 1
-            yield Row(bad, path, line, json.dumps(entry)[:QUARANTINED_TEXT], count, entry)
+            yield Row(bad, path, line, json.dumps(entry), count, entry)
     bad.end_of_file(path, count)
 
 

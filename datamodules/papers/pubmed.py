@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.papers.paper_record import Label, Paper, doi_name, labels_of, objects, without_tags, year_of
-from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Record, Row
+from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.xml_elements import read_elements
 from datamodules.records import UserError
 
@@ -24,8 +24,8 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
     count = 0
     for element in read_elements(path, RECORDS):
         count += 1
-        text = ElementTree.tostring(element, "unicode")[:QUARANTINED_TEXT]
-        yield Row(bad, path, count, text, count, _as_object(element) if element.tag in RECORDS.values() else None)
+        value = _as_object(element) if element.tag in RECORDS.values() else None
+        yield Row(bad, path, count, ElementTree.tostring(element, "unicode"), count, value)
     bad.end_of_file(path, count)
 
 

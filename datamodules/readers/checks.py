@@ -10,10 +10,9 @@ from datamodules.records import UserError, short
 
 SPLITS = ("train", "dev", "test")
 # Names of splits in published data sets, in order of preference. A split "evaluation" is used as the test split.
-SPLIT_NAMES = {
-    **{"train": "train", "training": "train", "dev": "dev", "validation": "dev", "valid": "dev", "val": "dev"},
-    **{"development": "dev", "test": "test", "evaluation": "test"},
-}
+SPLIT_NAMES = dict.fromkeys(("train", "training"), "train")
+SPLIT_NAMES |= dict.fromkeys(("dev", "validation", "valid", "val", "development"), "dev")
+SPLIT_NAMES |= dict.fromkeys(("test", "evaluation"), "test")
 MAX_GRADE = 10**9
 # Lone surrogates are not text. Bytes that are not UTF-8 are decoded to lone surrogates.
 SURROGATES = re.compile("[\ud800-\udfff]")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from datamodules.readers.checks import SPLIT_NAMES, SURROGATES
-from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Row
+from datamodules.readers.rows import BadLines, Row
 from datamodules.records import UserError
 
 log = logging.getLogger(__name__)
@@ -152,13 +152,10 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 
     Raises UserError if a line is longer than MAX_LINE, or if the file cannot be read to its end.
     """
-    number = 0
-    with open_text(path) as stream:
-        while line := read_chunk(stream, path, number, MAX_LINE + 1, whole_line=True):
-            number += 1
-            if len(line) > MAX_LINE:
-                raise UserError(f"{path}, line {number}: longer than {MAX_LINE:,} characters")
-            yield number, line
+    for number, line, reason in _lines(path):
+        if reason:
+            raise UserError(f"{path}, line {number}: {reason}")
+        yield number, line
 
 
 def read_lines(path: Path, bad: BadLines) -> Iterator[Row]:
@@ -167,24 +164,29 @@ def read_lines(path: Path, bad: BadLines) -> Iterator[Row]:
     Lines that are not text (not UTF-8, with NUL bytes, longer than MAX_LINE) are reported as bad. Raises UserError if
     the file cannot be read to its end.
     """
-    number = num_lines = 0
+    num_lines = 0
+    for number, line, reason in _lines(path):
+        if line.isspace():
+            continue
+        num_lines += 1
+        row = Row(bad, path, number, line.rstrip("\r\n"))
+        if reason := reason or not_text(line):
+            bad.report(row, reason)
+        else:
+            yield row
+    bad.end_of_file(path, num_lines)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
+    """Yield number and text of each line, and why it is bad, or "". A line longer than MAX_LINE is bad, and is cut."""
+    number = 0
     with open_text(path) as stream:
         while line := read_chunk(stream, path, number, MAX_LINE + 1, whole_line=True):
             number += 1
-            too_long = len(line) > MAX_LINE and not line.endswith("\n")
-            rest = line
-            while too_long and not rest.endswith("\n") and rest:
-                rest = read_chunk(stream, path, number, MAX_LINE, whole_line=True)
-            if line.isspace():
-                continue
-            num_lines += 1
-            row = Row(bad, path, number, line[:QUARANTINED_TEXT] if too_long else line.rstrip("\r\n"))
-            reason = f"longer than {MAX_LINE:,} characters" if too_long else not_text(line)
-            if reason:
-                bad.report(row, reason)
-            else:
-                yield row
-    bad.end_of_file(path, num_lines)
+            is_cut = len(line) > MAX_LINE and not line.endswith("\n")
+            yield number, line, f"longer than {MAX_LINE:,} characters" if is_cut else ""
+            while is_cut and line and not line.endswith("\n"):
+                line = read_chunk(stream, path, number, MAX_LINE, whole_line=True)
 
 
 def not_text(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from datamodules.readers.checks import SPLIT_NAMES, SPLITS
 from datamodules.readers.io import check_folder
 from datamodules.readers.json_files import read_records
-from datamodules.readers.rows import QUARANTINED_TEXT, BadLines, Row
+from datamodules.readers.rows import BadLines, Row
 from datamodules.records import UserError
 
 FILE_NAME = re.compile(
@@ -106,4 +106,4 @@ def read_hub_table(name: str, records: Iterable[dict[str, Any]], bad: BadLines) 
 
 
 def _table_row(bad: BadLines, path: Path, number: int, record: Any) -> Row:
-    return Row(bad, path, number, str(record)[:QUARANTINED_TEXT], number, record)
+    return Row(bad, path, number, str(record), number, record)
