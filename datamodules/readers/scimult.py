@@ -16,7 +16,7 @@ from datamodules.readers.collecting import FolderReader, Judgements, add_documen
 from datamodules.readers.io import check_folder
 from datamodules.readers.json_files import as_object, read_records
 from datamodules.readers.labels import read_labels
-from datamodules.readers.rows import BadLines, Record, Row
+from datamodules.readers.rows import BadLines, Record
 from datamodules.records import Collection, Document, UserError, check_choice
 
 DATASETS = {
@@ -28,6 +28,7 @@ DATASETS = {
     "pmc_patients": ("PMCPatientsPAR", "PMCPatientsPPR"),
 }
 
+QueryOf = Callable[[Record, str], Document]  # query of a record; the id is for a query that has none
 GradesOf = Callable[[Record], dict[str, int]]  # grades of a query's documents, from its record
 
 
@@ -79,7 +80,9 @@ class SciMultReader(FolderReader):
             collection = self._read_linked_papers(bad, lambda record: _link_grades(record, self.relation))
         elif self.dataset == "PMCPatientsPPR":
             patients = self._read_documents("patients", "patient", bad)
-            collection = self._read_queries(bad, patients, _unnamed_query, lambda row: _link_grades(row, "patient"))
+            collection = self._read_queries(
+                bad, patients, _unnamed_query, lambda record: _link_grades(record, "patient")
+            )
         elif self.task == "link_prediction_reranking":
             collection = self._read_linked_papers(bad, lambda record: record.grades("score"))
         else:
@@ -113,7 +116,7 @@ class SciMultReader(FolderReader):
         self,
         bad: BadLines,
         corpus: Mapping[str, Document],
-        query_of: Callable[[Row], Document],
+        query_of: QueryOf,
         grades_of: GradesOf,
         kind: str = "queries",
     ) -> Collection:
@@ -122,7 +125,8 @@ class SciMultReader(FolderReader):
         qrels: dict[str, dict[str, int]] = {}
         for row in read_records(self._file(f"{kind}_test"), bad):
             with row:
-                query, grades = query_of(row), grades_of(as_object(row))
+                record = as_object(row)
+                query, grades = query_of(record, f"test.{row.ordinal}"), grades_of(record)
                 if not grades:
                     raise UserError(f"query {query.id!r} has no judgements")
                 add_document(queries, query)
@@ -157,14 +161,12 @@ class SciMultReader(FolderReader):
         return Collection(corpus, queries, {"test": qrels})
 
 
-def _unnamed_query(row: Row) -> Document:
-    return as_object(row).document(id=f"test.{row.ordinal}")
+def _unnamed_query(record: Record, id: str) -> Document:
+    return record.document(id=id)
 
 
-def _search_query(row: Row) -> Document:
-    record = as_object(row)
-    text = record.words("query")
-    return Document(record.id("query_id"), "", text)
+def _search_query(record: Record, _: str) -> Document:
+    return Document(record.id("query_id"), "", record.words("query"))
 
 
 def _link_grades(record: Record, key: str) -> dict[str, int]:
