@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from datamodules.options import REQUIRED, option
-from datamodules.readers.collecting import SinkReader, check_collection
+from datamodules.readers.collecting import Judgements, LineReader, add_documents, check_collection
 from datamodules.readers.json_files import as_object
-from datamodules.readers.rows import BadLines, Record, Row
+from datamodules.readers.rows import BadLines
 from datamodules.readers.tables import load_hub, load_hub_splits, read_hub_table
-from datamodules.records import Collection, Sink, UserError
+from datamodules.records import Collection, Document
 
 
 @dataclass
-class BeirHubReader(SinkReader):
+class BeirHubReader(LineReader):
     """Reader of a data set on the hub, or of a folder that `datasets` can load. Needs `pip install datasets`."""
 
     dataset: str = option(
@@ -27,29 +27,22 @@ class BeirHubReader(SinkReader):
     )
 
     def collect(self, bad: BadLines) -> Collection:
-        return check_collection(super().collect(bad), self.dataset)
-
-    def write(self, sink: Sink, bad: BadLines) -> None:
-        for config, add in (("corpus", sink.add_document), ("queries", sink.add_query)):
-            for row in self._read_config(config, bad):
-                with row:
-                    add(as_object(row).document("_id", "id", body="text", may_be_blank=config == "corpus"))
+        corpus, queries = self._read_documents("corpus", bad), self._read_documents("queries", bad)
         tables = load_hub_splits(self.qrels, None) if self.qrels else load_hub_splits(self.dataset, "default")
+        qrels = {}
         for split, records in tables.items():
             name = f"{self.qrels or self.dataset}/{split}"
+            judgements = Judgements(Path(name), queries, corpus, bad, f"{self.dataset}/queries")
             for row in read_hub_table(name, records, bad):
                 with row:
-                    self._add_judgement(as_object(row), split, sink)
-            if not sink.has(split):
-                raise UserError(f"{name}: the split is empty")
+                    record = as_object(row)
+                    judgements.add(record.id("query-id"), record.id("corpus-id"), record.grade("score"))
+            qrels[split] = judgements.finish()
+        return check_collection(Collection(corpus, queries, qrels), self.dataset)
 
-    def _read_config(self, config: str, bad: BadLines) -> Iterator[Row]:
+    def _read_documents(self, config: str, bad: BadLines) -> dict[str, Document]:
+        documents: dict[str, Document] = {}
         for split, records in load_hub(self.dataset, config).items():
-            yield from read_hub_table(f"{self.dataset}/{config}/{split}", records, bad)
-
-    def _add_judgement(self, record: Record, split: str, sink: Sink) -> None:
-        query, document = record.id("query-id"), record.id("corpus-id")
-        if query not in sink.queries:
-            raise UserError(f"query-id: {query!r} is not in the data set")
-        sink.add_judgement(split, query, document, record.grade("score"))
-        record.judged((document,), sink.documents)
+            rows = read_hub_table(f"{self.dataset}/{config}/{split}", records, bad)
+            add_documents(documents, rows, "_id", "id", body="text", may_be_blank=config == "corpus")
+        return documents

@@ -118,11 +118,10 @@ def _add_grade(grades: dict[str, int], query: str, document: str, grade: int) ->
         raise UserError(f"query {query!r} and document {document!r} have score {grade} here and {earlier} earlier")
 
 
-def check_known(ids: Sequence[str], corpus: Container[str], key: str) -> None:
-    """Check that all ids of a record's list are in the corpus. key: key of the list, for the error."""
-    unknown = [id for id in ids if id not in corpus]
-    if unknown:
-        raise UserError(f"{key}: {len(unknown)} of {len(ids)} ids are not in the corpus, first {unknown[0]!r}")
+def check_known(id: str, corpus: Container[str]) -> None:
+    """Raise UserError if a query, which is given as the id of a document, is not in the corpus."""
+    if id not in corpus:
+        raise UserError(f"query: {id!r} is not the id of a document in the corpus")
 
 
 @dataclass

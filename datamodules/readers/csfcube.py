@@ -61,7 +61,7 @@ def _read_judgements(path: Path, papers: Mapping[str, Document], bad: BadLines) 
             grades = [check_grade(grade, "grade") for grade in annotation.array("relevance_adju", required=True)]
             if len(ids) != len(grades):
                 raise UserError(f"query {query!r} has {len(ids)} candidates but {len(grades)} grades")
-            check_known([query], papers, "query")
+            check_known(query, papers)
             bad.gaps.add_judgements(path, ids, papers)
             qrels[query] = dict(zip(ids, grades, strict=True))
     return qrels

@@ -143,5 +143,5 @@ def _read_query(record: Record, new_id: str, sink: Sink) -> Document:
             raise UserError("query is empty")
         return Document(new_id, "", check_text(query, "query"))
     id = Record(query).id("id") if isinstance(query, dict) else record.id("query")
-    check_known([id], sink.documents, "query")
+    check_known(id, sink.documents)
     return sink.document(id)

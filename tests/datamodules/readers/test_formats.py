@@ -317,13 +317,14 @@ def test_beir_hub_reader_reads_tables(monkeypatch, qrels):
     hub = types.SimpleNamespace(load_dataset=lambda name, config: tables[name, config])
     monkeypatch.setitem(sys.modules, "datasets", hub)
     reader = BeirHubReader("ours", qrels)
-    assert f"{qrels or 'ours'}/dev: the split is empty" in error_of(reader)
+    assert "ours: the dev split is empty" in error_of(reader)
     judged["validation"].append({"query-id": 1, "corpus-id": 5, "score": 0})
     documents = {"4": Document("4", "t", "x"), "5": Document("5", "", "y")}
     queries = {"1": Document("1", "", "asks")}
     assert reader.read() == Collection(documents, queries, {"test": {"1": {"4": 1}}, "dev": {"1": {"5": 0}}})
     judged["test"].append({"query-id": 2, "corpus-id": 4, "score": 1})
-    assert "/test, line 2, entry 2: query-id: '2' is not in the data set" in error_of(reader)
+    name = qrels or "ours"
+    assert f"{name}/test: 1 lines have 1 query ids that are not in ours/queries: '2'" in error_of(reader)
     del corpus[0]["_id"]
     assert "ours/corpus/corpus, line 1, entry 1: _id or id is missing" in error_of(reader)
 
