@@ -42,16 +42,15 @@ class BeirReader(FolderReader, SinkReader):
         return [*files, *splits.values()]
 
     def write(self, sink: Sink, bad: BadLines) -> None:
-        self.sources()
-        for name, add in (("corpus.jsonl", sink.add_document), ("queries.jsonl", sink.add_query)):
-            may_be_blank = name == "corpus.jsonl"
-            path, empty = self.find(name), True
+        corpus, queries, *_ = self.sources()
+        for path, add in ((corpus, sink.add_document), (queries, sink.add_query)):
+            is_empty = True
             for row in read_lines(path, bad):
                 with row:
-                    add(_document(as_object(row, " with _id, title and text"), may_be_blank))
-                    empty = False
-            if empty:
-                raise UserError(f"{path}: contains no documents")
+                    add(_document(as_object(row, " with _id, title and text"), may_be_blank=path == corpus))
+                    is_empty = False
+            if is_empty:
+                raise UserError(f"{path}: contains no {'documents' if path == corpus else 'queries'}")
         splits = find_split_files(self.root, "qrels/SPLIT.tsv")
         warn_of_unread_files(self.root / "qrels", "*.tsv*", splits.values())
         for split, path in splits.items():
@@ -114,11 +113,11 @@ class BeirWriter:
             check_name("split", split)
             self._qrels[split] = _open_for_writing(self.folder / "qrels" / f"{split}.tsv", compress=False)
             self._qrels[split].write("query-id\tcorpus-id\tscore\n")
+        _check_id(document)  # it may be missing from the corpus
         self._qrels[split].write(f"{query}\t{document}\t{grade}\n")
 
     def _write(self, name: str, document: Document) -> None:
-        if document.id != document.id.strip() or TAB_OR_BREAK.search(document.id):
-            raise UserError(f"id {document.id!r}: qrels/*.tsv cannot have tabs, line breaks, or spaces around an id")
+        _check_id(document.id)
         record = {"_id": document.id, "title": document.title, "text": document.text}
         self._texts[name].write(json.dumps(record, ensure_ascii=False) + "\n")
 
@@ -128,6 +127,11 @@ class BeirWriter:
     def __exit__(self, *error: object) -> None:
         for file in (*self._texts.values(), *self._qrels.values()):
             file.close()
+
+
+def _check_id(id: str) -> None:
+    if id != id.strip() or TAB_OR_BREAK.search(id):
+        raise UserError(f"id {id!r}: qrels/*.tsv cannot have tabs, line breaks, or spaces around an id")
 
 
 def _open_for_writing(path: Path, compress: bool) -> TextIO:

@@ -109,11 +109,12 @@ def add_grades(qrels: dict[str, dict[str, int]], query: str, grades: Mapping[str
     """Add all judgements of a query, or none if one conflicts."""
     merged = dict(qrels.get(query, {}))
     for document, grade in grades.items():
-        _add_grade(merged, query, document, grade)
+        add_grade(merged, query, document, grade)
     qrels[query] = merged
 
 
-def _add_grade(grades: dict[str, int], query: str, document: str, grade: int) -> None:
+def add_grade(grades: dict[str, int], query: str, document: str, grade: int) -> None:
+    """Add a judgement of a query. Raises UserError if the document has another grade already."""
     if (earlier := grades.setdefault(document, grade)) != grade:
         raise UserError(f"query {query!r} and document {document!r} have score {grade} here and {earlier} earlier")
 
@@ -149,7 +150,7 @@ class Judgements:
             if self.target:
                 self.target(query, document, grade)
             else:
-                _add_grade(self.qrels.setdefault(query, {}), query, document, grade)
+                add_grade(self.qrels.setdefault(query, {}), query, document, grade)
             self.bad.gaps.add_judgements(self.path, (document,), self.corpus)
         elif self.bad.fails:
             self.unknown.append(query)
@@ -184,7 +185,7 @@ class MemorySink:
         add_document(self.queries, query)
 
     def add_judgement(self, split: str, query: str, document: str, grade: int) -> None:
-        _add_grade(self.qrels.setdefault(split, {}).setdefault(query, {}), query, document, grade)
+        add_grade(self.qrels.setdefault(split, {}).setdefault(query, {}), query, document, grade)
 
     def document(self, id: str) -> Document:
         return self.documents[id]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datamodules.options import REQUIRED, option
 from datamodules.readers.checks import check_grade, check_id
-from datamodules.readers.collecting import FolderReader, add_document, check_collection, check_known
+from datamodules.readers.collecting import FolderReader, add_document, add_grade, check_collection, check_known
 from datamodules.readers.json_files import as_object, read_records, read_whole_json
 from datamodules.readers.rows import BadLines, Record
 from datamodules.records import Collection, Document, Qrels, UserError, prefixed
@@ -50,7 +50,8 @@ def _read_paper(record: Record) -> Document:
 
 
 def _read_judgements(path: Path, papers: Mapping[str, Document], bad: BadLines) -> Qrels:
-    content, qrels = read_whole_json(path), {}
+    content = read_whole_json(path)
+    qrels: dict[str, dict[str, int]] = {}
     with prefixed(f"{path}: "):
         if not isinstance(content, dict):
             raise UserError("expected an object of queries")
@@ -63,5 +64,7 @@ def _read_judgements(path: Path, papers: Mapping[str, Document], bad: BadLines) 
                 raise UserError(f"query {query!r} has {len(ids)} candidates but {len(grades)} grades")
             check_known(query, papers)
             bad.gaps.add_judgements(path, ids, papers)
-            qrels[query] = dict(zip(ids, grades, strict=True))
+            qrels[query] = {}
+            for id, grade in zip(ids, grades, strict=True):
+                add_grade(qrels[query], query, id, grade)
     return qrels

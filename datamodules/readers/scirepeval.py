@@ -178,8 +178,8 @@ def _read_query(record: Record, new_id: str) -> Document:
     if isinstance(record.get("query"), dict):
         return _read_paper(record, "query")
     text = record.words("query")
-    id = next((record[key] for key in ("query_id", *ID_KEYS) if isinstance(record.get(key), str | int)), new_id)
-    return Document(check_id(id, "doc_id"), "", text)
+    key = next((key for key in ("query_id", *ID_KEYS) if isinstance(record.get(key), str | int)), "")
+    return Document(check_id(record[key], key) if key else new_id, "", text)
 
 
 def _read_paper(record: Record, key: str) -> Document:

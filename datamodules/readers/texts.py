@@ -28,7 +28,7 @@ ID_KEYS = ("id", "_id", "paper_id", "corpusid")
 def text_files(source: Path) -> list[Path]:
     """Return the file itself, the corpus or all shards of a folder, or the files of a pattern such as part-*.jsonl.gz.
 
-    Shards are ordered by name, with numbers by value. Raises UserError if there is none.
+    Shards are ordered by path, with numbers by value. Raises UserError if there is none.
     """
     if source.is_file():
         files, expected = [source], ""
@@ -46,9 +46,11 @@ def text_files(source: Path) -> list[Path]:
         raise UserError(
             f"input: {library} is a library of papers; import it first, and use its papers.jsonl (docs/import.md)"
         )
-    return sorted(
-        files, key=lambda path: [int(part) if part.isdecimal() else part for part in NUMBERS.split(path.name)]
-    )
+    return sorted(files, key=_numbers_by_value)
+
+
+def _numbers_by_value(path: Path) -> list[int | str]:
+    return [int(text) if text.isdecimal() else text for text in NUMBERS.split(str(path))]
 
 
 def count_lines(paths: Sequence[Path], on_error: str) -> int:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from datamodules.readers.beir import BeirReader, write_beir
-from datamodules.records import UserError
+from datamodules.records import Collection, Document, UserError
 from datamodules.sample import SampleReader
 
 
@@ -49,6 +49,14 @@ def test_written_collection_is_read_back(tmp_path):
     collection = SampleReader("citations", num_papers=500).read()
     write_beir(collection, tmp_path)
     assert BeirReader(str(tmp_path)).read() == collection
+
+
+def test_id_that_a_file_of_judgements_cannot_have_raises_user_error(tmp_path):
+    """The id of a judged document outside the corpus was written with its tab, and the file could not be read."""
+    papers = {"a": Document("a", "", "x")}
+    for document in ("b\tc", " b", "b\n"):
+        with pytest.raises(UserError, match="cannot have tabs, line breaks, or spaces around an id"):
+            write_beir(Collection(papers, papers, {"test": {"a": {document: 1}}}), tmp_path)
 
 
 def test_missing_folder_or_file_raises_user_error(folder, tmp_path):
@@ -114,3 +122,8 @@ def test_empty_split_raises_user_error(folder):
 def test_empty_corpus_raises_user_error(folder):
     write(folder / "corpus.jsonl", [""])
     assert "corpus.jsonl: contains no documents" in error_of(folder)
+
+
+def test_empty_queries_raise_user_error(folder):
+    write(folder / "queries.jsonl", [""])
+    assert "queries.jsonl: contains no queries" in error_of(folder)

@@ -11,6 +11,7 @@ from pyarrow import parquet
 
 from datamodules.batches import BatchOptions
 from datamodules.readers.beir_hub import BeirHubReader
+from datamodules.readers.csfcube import CsfCubeReader
 from datamodules.readers.doris_mae import DorisMaeReader
 from datamodules.readers.dpr import DprReader
 from datamodules.readers.jsonl import JsonlReader
@@ -20,6 +21,7 @@ from datamodules.readers.scidocs import SciDocsReader
 from datamodules.readers.scimult import SciMultReader
 from datamodules.readers.scirepeval import SciRepEvalReader
 from datamodules.readers.scirepeval_examples import SciRepEvalExamplesReader
+from datamodules.readers.texts import text_files
 from datamodules.records import Collection, Document, Task, UserError
 from datamodules.tasks import SearchDataModule
 from tests.datamodules.readers.test_contract import check_consistent, error_of, files
@@ -521,6 +523,24 @@ def test_scirepeval_triplet_of_two_papers_raises_user_error(tmp_path, ids, messa
     texts = [{"doc_id": d.id, "title": d.title, "abstract": d.text} for d in papers("", 3).values()]
     put(tmp_path / "train.jsonl", dict(zip(("query", "pos", "neg"), (texts[i] for i in ids), strict=True)))
     assert f"{message} is also the" in error_of(SciRepEvalReader("citations", folder=str(tmp_path)))
+
+
+def test_csfcube_candidate_with_two_grades_raises_user_error(tmp_path):
+    put(tmp_path / "abstracts-csfcube-preds.jsonl", *({"paper_id": id, "title": id, "abstract": []} for id in "abc"))
+    path = tmp_path / "test-pid2anns-csfcube-result.json"
+    put(path, {"a": {"cands": ["b", "c", "b"], "relevance_adju": [2, 1, 2]}})
+    reader = CsfCubeReader(str(tmp_path), facet="result")
+    assert reader.read().qrels == {"test": {"a": {"b": 2, "c": 1}}}
+    put(path, {"a": {"cands": ["b", "c", "b"], "relevance_adju": [2, 1, 0]}})
+    assert error_of(reader) == f"{path}: query 'a' and document 'b' have score 0 here and 2 earlier"
+
+
+def test_shards_of_several_folders_are_sorted_by_path(tmp_path):
+    """Shards of the same name were in the order of the file system, so rows of another machine could be others."""
+    shards = [tmp_path / folder / f"part-{number}.jsonl" for folder in ("a2", "a10") for number in (2, 10)]
+    for path in reversed(shards):
+        put(path, {"id": str(path), "text": "x"})
+    assert text_files(tmp_path / "a*" / "part-*.jsonl") == shards
 
 
 def test_doris_mae_candidates_outside_the_corpus_are_logged(tmp_path, caplog):
