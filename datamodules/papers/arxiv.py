@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datamodules.papers.paper_record import Label, Paper, doi_name, year_of
+from datamodules.papers.paper_record import Label, Paper, doi_names, year_of
 from datamodules.readers.rows import Record
 
 
@@ -18,14 +18,14 @@ def paper(record: Record) -> Paper:
         abstract=record.text("abstract"),
         year=_year(record),
         labels={"topics": _categories(record)},
-        names=[*doi_name(record.get("doi")), f"doi:10.48550/arxiv.{id.lower()}"],
+        names=[*doi_names(record.get("doi")), f"doi:10.48550/arxiv.{id.lower()}"],
     )
 
 
 def _categories(record: Record) -> list[Label]:
-    categories = record.get("categories")
-    names = categories.split() if isinstance(categories, str) else record.ids("categories")
-    return [Label(name, CATEGORIES.get(name, name)) for each in names for name in each.split()]
+    value = record.get("categories")
+    names = value if isinstance(value, str) else " ".join(record.ids("categories"))
+    return [Label(name, CATEGORIES.get(name, name)) for name in names.split()]
 
 
 def _year(record: Record) -> int | None:

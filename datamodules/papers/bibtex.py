@@ -11,7 +11,8 @@ from typing import Any
 
 from datamodules.papers.paper_record import (
     Paper,
-    doi_name,
+    doi_names,
+    first_text,
     labels_of,
     missing_package,
     split_list,
@@ -120,17 +121,15 @@ def _package() -> tuple[Any, Any]:
 
 
 def paper(record: Record) -> Paper:
-    def text(*keys: str) -> str:
-        return next((_plain(value) for key in keys if (value := record.text(key))), "")
-
-    keywords = split_list(text(*KEYWORDS), ";|,")
+    title = filter(None, (_plain(record.text(key)) for key in ("title", "subtitle")))
+    keywords = split_list(_plain(first_text(record, *KEYWORDS)), ";|,")
     return Paper(
         id=record.text("id"),
-        title=": ".join(filter(None, (text("title"), text("subtitle")))),
-        abstract=text("abstract"),
+        title=": ".join(title),
+        abstract=_plain(record.text("abstract")),
         year=year_of(record.text("year")) or year_of(record.text("date")),
         labels={"keywords": labels_of(keywords, "keywords")},
-        names=doi_name(record.text("doi")),
+        names=doi_names(record.text("doi")),
     )
 
 

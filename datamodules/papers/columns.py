@@ -15,16 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.papers.paper_record import (
+    LABEL_KINDS,
     Paper,
     clean,
-    doi_name,
+    doi_names,
     labels_of,
     missing_package,
+    optional_id,
     split_list,
     without_tags,
     year_of,
 )
-from datamodules.readers.checks import SPLIT_NAMES, check_id
+from datamodules.readers.checks import SPLIT_NAMES
 from datamodules.readers.io import numbered_lines
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError, check_choice, explained, short
@@ -47,12 +49,15 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "doi": ("doi",),
     "split": ("split",),
 }
+# Characters that may separate the items of a cell. Headings of MeSH contain commas.
+SEPARATORS = {"topics": ";|", "mesh": ";|", "fields": ";|,", "keywords": ";|,", "references": ";|, "}
 SEPARATOR = re.compile(r'"?sep=([,;|\t])"?', re.IGNORECASE)  # first line of a CSV file for Excel
 MAX_CELL = 2**22  # characters; lists of references and full texts exceed the 131,072 of the module csv
 MAX_EXCEL = 2**30  # bytes; the unpacked size of a workbook
 
 
 def plain_name(column: str) -> str:
+    """Return a column's name without what does not count."""
     return "".join(character for character in column.casefold() if character not in " -_")
 
 
@@ -79,43 +84,38 @@ def check_columns(path: Path, record: Record, columns: Mapping[str, str]) -> Non
 
 def paper(record: Record, columns: Mapping[str, str]) -> Paper:
     """Return the paper of a row. columns: names of columns that differ from the usual ones."""
-    by_name: dict[str, Any] = {}
-    for key, cell in record.items():
-        by_name.setdefault(plain_name(str(key)), cell)
-
-    def value(name: str) -> Any:
-        if name in columns:
-            return record.get(columns[name])
-        return next((by_name[each] for each in COLUMNS[name] if by_name.get(each) not in (None, "")), None)
-
-    def text(name: str) -> str:
-        return without_tags(Record({name: value(name)}).text(name))
-
-    id, split = value("id"), value("split")
+    values = _values(record, columns)
     return Paper(
-        id="" if id is None else check_id(id, "id"),
-        title=text("title"),
-        abstract=text("abstract"),
-        year=year_of(value("year")),
-        labels={
-            "topics": labels_of(_items("topics", value("topics"), ";|"), "topics"),
-            "mesh": labels_of(_items("mesh", value("mesh"), ";|"), "mesh"),  # headings contain commas
-            "fields": labels_of(_items("fields", value("fields"), ";|,"), "fields"),
-            "keywords": labels_of(_items("keywords", value("keywords"), ";|,"), "keywords"),
-        },
-        references=[(doi_name(each) or [each])[0] for each in _items("references", value("references"), ";|, ")],
-        names=doi_name(value("doi")),
-        split=check_split(split) if split is not None else "",
+        id=optional_id(values, "id"),
+        title=without_tags(values.text("title")),
+        abstract=without_tags(values.text("abstract")),
+        year=year_of(values["year"]),
+        labels={kind: labels_of(_items(kind, values[kind]), kind) for kind in LABEL_KINDS},
+        references=[(doi_names(name) or [name])[0] for name in _items("references", values["references"])],
+        names=doi_names(values["doi"]),
+        split="" if values["split"] is None else check_split(values["split"]),
     )
 
 
-def _items(name: str, value: Any, separators: str) -> list[str]:
+def _values(record: Record, columns: Mapping[str, str]) -> Record:
+    """Return the cell of each of COLUMNS, or None if the column is missing or the cell is empty."""
+    cells: dict[str, Any] = {}
+    for column, cell in record.items():
+        cells.setdefault(plain_name(str(column)), cell)
+    values = Record()
+    for name, usual in COLUMNS.items():
+        candidates = [record.get(columns[name])] if name in columns else map(cells.get, usual)
+        values[name] = next((cell for cell in candidates if cell not in (None, "")), None)
+    return values
+
+
+def _items(name: str, value: Any) -> list[str]:
     """Return the items of a list, which is given as a list, as JSON, or as a text with separators."""
     if isinstance(value, str) and value.startswith("["):
         with contextlib.suppress(ValueError, RecursionError):  # a text may start with a bracket
             value = json.loads(value)
     if isinstance(value, str):
-        return split_list(value, separators)
+        return split_list(value, SEPARATORS[name])
     if isinstance(value, (int, float)):
         return [str(value)]
     items = [] if value is None else value
@@ -137,40 +137,49 @@ def check_split(value: Any) -> str:
 
 def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
     """Yield the rows of a CSV or TSV file. The header decides whether tabs, commas or semicolons separate its cells."""
-    lines = _Lines(path)
-    header_line = next((line for line in lines if line.strip()), "")
-    separator = SEPARATOR.fullmatch(header_line.strip())
-    if separator:
-        header_line = next((line for line in lines if line.strip()), "")
-    # strict: otherwise an open quote swallows the rows up to the next one.
-    dialect: dict[str, Any] = {"strict": True}
-    dialect["delimiter"] = separator[1] if separator else max("\t,;", key=header_line.count)
     csv.field_size_limit(MAX_CELL)
-    with explained(f"{path}: the header is not valid CSV", csv.Error):
-        header = next(csv.reader([header_line], **dialect), [])
+    lines = _Lines(path)
+    header, dialect = _csv_header(lines, path)
     count = 0
-    cells: list[str] | None = []
-    while cells is not None:
-        lines.row.clear()
-        start, problem = lines.number + 1, ""
-        try:
-            cells = next(csv.reader(lines, **dialect), None)
-        except csv.Error as error:
-            cells, problem = [], f"not valid CSV ({error})"
-        if cells is None or (not problem and not any(cell.strip() for cell in cells)):
-            continue
+    for cells, problem in _csv_cells(lines, dialect):
         count += 1
-        row = Row(bad, path, start, "".join(lines.row).rstrip("\r\n"), count)
         if not problem and len(cells) != len(header):
             problem = f"has {len(cells)} cells, but the header has {len(header)}"
         if problem:
+            bad.report(Row(bad, path, lines.first_number, lines.row[0].rstrip("\r\n"), count), problem)
             lines.read_again_after_first()
-            row.text = lines.row[0].rstrip("\r\n")
-            bad.report(row, problem)
         else:
-            row.value = dict(zip(header, cells, strict=True))
-            yield row
+            value = dict(zip(header, cells, strict=True))
+            yield Row(bad, path, lines.first_number, "".join(lines.row).rstrip("\r\n"), count, value)
     bad.end_of_file(path, count)
+
+
+def _csv_header(lines: _Lines, path: Path) -> tuple[list[str], dict[str, Any]]:
+    """Read the header. Return its cells, and the arguments of csv.reader."""
+    line = next((line for line in lines if line.strip()), "")
+    separator = SEPARATOR.fullmatch(line.strip())
+    if separator:
+        line = next((line for line in lines if line.strip()), "")
+    dialect: dict[str, Any] = {"delimiter": separator[1] if separator else max("\t,;", key=line.count)}
+    dialect["strict"] = True  # otherwise an open quote swallows the rows up to the next one
+    with explained(f"{path}: the header is not valid CSV", csv.Error):
+        header = next(csv.reader([line], **dialect), [])
+    return header, dialect
+
+
+def _csv_cells(lines: _Lines, dialect: dict[str, Any]) -> Iterator[tuple[list[str], str]]:
+    """Yield the cells of each row that is not blank, or the reason why it cannot be read."""
+    while True:
+        lines.row.clear()
+        try:
+            cells = next(csv.reader(lines, **dialect), None)
+        except csv.Error as error:
+            yield [], f"not valid CSV ({error})"
+            continue
+        if cells is None:
+            return
+        if any(cell.strip() for cell in cells):
+            yield cells, ""
 
 
 class _Lines:
@@ -179,6 +188,11 @@ class _Lines:
     def __init__(self, path: Path):
         self.number, self.row = 0, list[str]()
         self._lines, self._again = numbered_lines(path), deque[tuple[int, str]]()
+
+    @property
+    def first_number(self) -> int:
+        """Number of the first line of the current row."""
+        return self.number - len(self.row) + 1
 
     def __iter__(self) -> _Lines:
         return self
@@ -190,9 +204,9 @@ class _Lines:
 
     def read_again_after_first(self) -> None:
         """Go back to the second line of the current row, which an open quote joined with the rows below."""
-        start = self.number - len(self.row) + 1
-        self._again.extendleft(reversed(list(enumerate(self.row[1:], start=start + 1))))
-        self.number = start
+        first = self.first_number
+        self._again.extendleft(reversed(list(enumerate(self.row[1:], start=first + 1))))
+        self.number = first
 
 
 def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
@@ -218,7 +232,7 @@ def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
                 cells_by_name = itertools.zip_longest(header, map(_plain_cell, values))  # some programs leave out cells
                 value = {str(name): cell for name, cell in cells_by_name if name is not None}
                 yield Row(bad, path, number, str(value), count, value)
-        if filled := [each.title for each in others if any(map(any, each.iter_rows(values_only=True)))]:
+        if filled := [other.title for other in others if any(map(any, other.iter_rows(values_only=True)))]:
             log.warning("%s: only the sheet %s is read; not read: %s", path, sheet.title, ", ".join(filled))
     except (UserError, GeneratorExit):
         raise

@@ -7,7 +7,7 @@ from typing import Any
 
 from datamodules.papers.paper_record import (
     Paper,
-    doi_name,
+    doi_names,
     labels_of,
     objects,
     optional_id,
@@ -47,7 +47,7 @@ def zotero_paper(record: Record) -> Paper | None:
         year=year_of(item.get("date")),
         labels={"keywords": labels_of(tags, "tags")},
         references=_related(item),
-        names=[*doi_name(item.get("DOI")), *(f"item:{item[name]}" for name in ("key", "itemKey") if item.get(name))],
+        names=[*doi_names(item.get("DOI")), *(f"item:{item[name]}" for name in ("key", "itemKey") if item.get(name))],
     )
 
 
@@ -60,15 +60,15 @@ def _related(item: Record) -> list[str]:
 
 
 def crossref_paper(record: Record) -> Paper:
-    subtitle = ": ".join(_strings(record, "title")[:1] + _strings(record, "subtitle")[:1])
+    title = ": ".join(_strings(record, "title")[:1] + _strings(record, "subtitle")[:1])
     return Paper(
         id=record.id("DOI").lower(),
-        title=without_tags(subtitle),
+        title=without_tags(title),
         abstract=without_tags(record.text("abstract")),
         year=_issued(record),
         labels={"fields": labels_of(_strings(record, "subject"), "subject")},
-        references=[name for each in objects(record, "reference") for name in doi_name(each.get("DOI"))],
-        names=doi_name(record["DOI"]),
+        references=[name for cited in objects(record, "reference") for name in doi_names(cited.get("DOI"))],
+        names=doi_names(record["DOI"]),
     )
 
 
@@ -80,7 +80,7 @@ def csl_paper(record: Record) -> Paper:
         abstract=without_tags(record.text("abstract")),
         year=_issued(record),
         labels={"keywords": labels_of(split_list(keywords, ";,"), "keyword")},
-        names=doi_name(record.get("DOI")),
+        names=doi_names(record.get("DOI")),
     )
 
 
@@ -88,9 +88,9 @@ def _strings(record: Record, key: str) -> list[str]:
     """Return a list of strings, or the only string, under a key."""
     value = record.get(key)
     values = [value] if isinstance(value, str) else record.array(key)
-    if not all(isinstance(each, str) for each in values):
+    if not all(isinstance(text, str) for text in values):
         raise UserError(f"{key} must be a list of strings, got {short(values)}")
-    return [check_text(each, key) for each in values if each.strip()]
+    return [check_text(text, key) for text in values if text.strip()]
 
 
 def _issued(record: Record) -> int | None:

@@ -69,8 +69,9 @@ class Format:
     """A format of papers.
 
     suffixes: suffixes of its files, without .gz or .zst.
-    rows: yields the records of a file. paper: turns a record into a paper, or into None if it is not one.
-    recognises: whether a JSON record has this format; None if the suffix decides.
+    rows: function that yields the records of a file.
+    paper: function that turns a record into a paper, or into None if it is not one.
+    recognises: function that returns whether a JSON record has this format; None if the suffix decides.
     """
 
     suffixes: tuple[str, ...]
@@ -97,7 +98,7 @@ FORMATS = {
 }
 TABLES = ("json", "csv", "parquet", "excel")  # formats with named columns
 IMPORTED, QUARANTINE = "papers.jsonl", ".quarantine.jsonl"  # names of files that an import writes
-KNOWN_SUFFIXES = {suffix for each in FORMATS.values() for suffix in each.suffixes}
+KNOWN_SUFFIXES = {suffix for format in FORMATS.values() for suffix in format.suffixes}
 
 
 def files_of(source: Path) -> list[Path]:
@@ -112,12 +113,9 @@ def files_of(source: Path) -> list[Path]:
         raise UserError(f"{source}: no such file or folder")
     if _is_import(source):
         return [source / IMPORTED]
-    paths = _visible(source)
-    if not (
-        files := [
-            path for path in paths if suffix_of(path) in KNOWN_SUFFIXES or (suffix_of(path) == "" and path.suffix)
-        ]
-    ):
+    suffixes = {path: suffix_of(path) for path in _visible(source)}
+    files = [path for path, suffix in suffixes.items() if suffix in KNOWN_SUFFIXES or (not suffix and path.suffix)]
+    if not files:
         raise UserError(
             f"{source}: contains no files of papers ({', '.join(sorted(KNOWN_SUFFIXES))}; plain, .gz or .zst)"
         )
@@ -148,12 +146,12 @@ def _imports_in(folder: Path) -> list[Path]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """Return the files below a folder, except hidden ones and those that an import has written."""
+    """Return the files below a folder, except those of imports and hidden ones, such as those of a killed import."""
     imports = set(_imports_in(folder))
     return sorted(
         path
         for path in folder.rglob("*")
-        if not path.name.startswith(".")
+        if not any(name.startswith(".") for name in path.relative_to(folder).parts)
         and not path.name.endswith(QUARANTINE)
         and imports.isdisjoint(path.parents)
         and path.is_file()
@@ -167,8 +165,9 @@ def format_of(path: Path) -> str:
     if start in (b"\xff\xfe", b"\xfe\xff"):
         raise UserError(f"{path}: is UTF-16; save it as UTF-8")
     suffix = suffix_of(path)
-    if by_suffix := [name for name, each in FORMATS.items() if suffix in each.suffixes and each.recognises is None]:
-        return by_suffix[0]
+    for name, format in FORMATS.items():
+        if suffix in format.suffixes and format.recognises is None:
+            return name
     if suffix and suffix not in JSON:
         raise UserError(
             f"{path}: unknown format; expected one of {', '.join(sorted(KNOWN_SUFFIXES))} (plain, .gz or .zst)"
@@ -178,7 +177,7 @@ def format_of(path: Path) -> str:
             record = as_object(row)
         except UserError:
             continue  # reported when the file is read
-        return next(name for name, each in FORMATS.items() if each.recognises and each.recognises(record))
+        return next(name for name, format in FORMATS.items() if format.recognises and format.recognises(record))
     raise UserError(f"{path}: contains no JSON objects")
 
 
@@ -192,19 +191,19 @@ def read_papers(
     """
     for path in files:
         name = check_choice("format", format, list(FORMATS)) if format else format_of(path)
-        make, is_first, count = FORMATS[name].paper, True, 0
+        make, must_check_columns, count = FORMATS[name].paper, name in TABLES, 0
         if name in TABLES:
             make = functools.partial(make, columns=names or {})
         for row in FORMATS[name].rows(path, bad):
             count += 1
-            papers, record = [], None
+            papers, record = [], None  # no paper if the row is bad
             with row:
                 is_null = row.entry is not None and row.value is None  # an API's answer for an unknown id
                 record = None if is_null else as_object(row)
                 papers.append(None if record is None else make(record))
-            if is_first and record is not None and name in TABLES:
+            if must_check_columns and record is not None:
                 columns.check_columns(path, record, names or {})
-            is_first = is_first and record is None
+                must_check_columns = False
             yield from papers
         if not count:
             log.warning("%s: no record was read as %s; if the file has another format, set it as format", path, name)

@@ -7,7 +7,7 @@ from typing import Any
 from datamodules.papers.paper_record import (
     Label,
     Paper,
-    doi_name,
+    doi_names,
     label,
     labels_of,
     objects,
@@ -43,7 +43,7 @@ def paper(record: Record) -> Paper:
             "keywords": labels_of(names, "keywords"),
         },
         references=[id.removeprefix(PREFIX) for id in record.ids("referenced_works")],
-        names=doi_name(optional_id(record, "doi")),
+        names=doi_names(optional_id(record, "doi")),
     )
 
 

@@ -55,7 +55,8 @@ class Paper:
 
     def __post_init__(self) -> None:
         self.title, self.abstract = clean(self.title, "title"), clean(self.abstract, "abstract")
-        self.references = [cited for each in self.references if (cited := without_blanks(clean(each, "references")))]
+        references = (without_blanks(clean(name, "references")) for name in self.references)
+        self.references = list(filter(None, references))
         self.names = [clean(name, "names") for name in self.names]
         self.labels = {
             kind: [Label(*(clean(text, kind) for text in label)) for label in labels]
@@ -94,8 +95,8 @@ def year_of(value: Any) -> int | None:
     return int(match[0]) if match else None
 
 
-def doi_name(value: Any) -> list[str]:
-    """Return the name "doi:10.1234/x" of a DOI or its URL, as a list; an empty list if it is not a DOI."""
+def doi_names(value: Any) -> list[str]:
+    """Return the name "doi:10.1234/x" of a DOI or its URL in a list, which is empty if the value is not a DOI."""
     match = DOI.search(value) if isinstance(value, str) else None
     return [f"doi:{match[0].lower()}"] if match else []
 
@@ -111,9 +112,9 @@ def labels_of(names: Iterable[Any], key: str) -> list[Label]:
     return labels
 
 
-def label(record: Record, id: str, name: str) -> Label:
-    """Return the label under two keys of an object."""
-    return Label(without_blanks(record.id(id)), clean(record.words(name), name))
+def label(record: Record, id_key: str, name_key: str) -> Label:
+    """Return the label whose id and name an object has under these keys."""
+    return Label(without_blanks(record.id(id_key)), clean(record.words(name_key), name_key))
 
 
 def split_list(text: str, separators: str = ";|") -> list[str]:
@@ -121,9 +122,18 @@ def split_list(text: str, separators: str = ";|") -> list[str]:
 
     Full-width and Arabic forms of a separator are the same as the separator.
     """
-    forms = next((forms for each in separators if not set(forms := each + FORMS.get(each, "")).isdisjoint(text)), "")
-    parts = re.split(f"[{re.escape(forms)}]", text) if forms else [text]
-    return [part.strip() for part in parts if part.strip()]
+    items = [text]
+    for separator in separators:
+        forms = separator + FORMS.get(separator, "")
+        if not set(forms).isdisjoint(text):
+            items = re.split(f"[{re.escape(forms)}]", text)
+            break
+    return [item.strip() for item in items if item.strip()]
+
+
+def first_text(record: Record, *keys: str) -> str:
+    """Return the string under the first key that has one which is not empty, or ""."""
+    return next((text for key in keys if (text := record.text(key))), "")
 
 
 def objects(record: Record, key: str) -> list[Record]:

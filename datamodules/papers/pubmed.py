@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from datamodules.papers.paper_record import Label, Paper, doi_name, labels_of, objects, without_tags, year_of
+from datamodules.papers.paper_record import Label, Paper, doi_names, labels_of, objects, without_tags, year_of
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.readers.xml_elements import read_elements
 from datamodules.records import UserError
@@ -47,7 +47,7 @@ def _as_object(article: ElementTree.Element) -> dict[str, Any]:
         ],
         "keywords": [_text(keyword) for keyword in citation.iterfind("KeywordList/Keyword")],
         "doi": next((_text(id) for id in _ids(article, citation) if "doi" in id.attrib.values()), ""),
-        "references": [_reference(each) for each in article.iterfind("PubmedData//Reference/ArticleIdList")],
+        "references": [_reference(ids) for ids in article.iterfind("PubmedData//Reference/ArticleIdList")],
     }
 
 
@@ -59,7 +59,7 @@ def _ids(article: ElementTree.Element, citation: ElementTree.Element) -> Iterato
 def _reference(ids: ElementTree.Element) -> str:
     """Return the PMID of a cited paper, or the name of its DOI, or ""."""
     by_type = {id.get("IdType"): _text(id) for id in ids}
-    return by_type.get("pubmed") or next(iter(doi_name(by_type.get("doi"))), "")
+    return by_type.get("pubmed") or next(iter(doi_names(by_type.get("doi"))), "")
 
 
 def _text(element: ElementTree.Element | None) -> str:
@@ -83,10 +83,12 @@ def paper(record: Record) -> Paper:
         year=next(filter(None, map(year_of, record["dates"])), None),
         labels={
             "mesh": [
-                Label(each["id"] or each["name"], each["name"]) for each in objects(record, "headings") if each["name"]
+                Label(heading["id"] or heading["name"], heading["name"])
+                for heading in objects(record, "headings")
+                if heading["name"]
             ],
             "keywords": labels_of(record["keywords"], "KeywordList"),
         },
         references=list(filter(None, record["references"])),
-        names=doi_name(record["doi"]),
+        names=doi_names(record["doi"]),
     )

@@ -9,7 +9,8 @@ from typing import Any
 
 from datamodules.papers.paper_record import (
     Paper,
-    doi_name,
+    doi_names,
+    first_text,
     labels_of,
     missing_package,
     split_list,
@@ -78,14 +79,12 @@ def _parser():
 
 
 def paper(record: Record) -> Paper:
-    def first(*keys: str) -> str:
-        return next((record.text(key) for key in keys if record.get(key)), "")
-
+    keywords = [keyword for text in record.array("keywords") for keyword in split_list(text)]
     return Paper(
-        id=first("id") or first("accession_number"),
-        title=without_tags(first(*TITLES)),
-        abstract=without_tags(first(*ABSTRACTS)),
-        year=year_of(first(*YEARS)),
-        labels={"keywords": labels_of([each for word in record.array("keywords") for each in split_list(word)], "KW")},
-        names=doi_name(first("doi")),
+        id=first_text(record, "id", "accession_number"),
+        title=without_tags(first_text(record, *TITLES)),
+        abstract=without_tags(first_text(record, *ABSTRACTS)),
+        year=year_of(first_text(record, *YEARS)),
+        labels={"keywords": labels_of(keywords, "KW")},
+        names=doi_names(record.text("doi")),
     )

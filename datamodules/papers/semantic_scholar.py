@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from datamodules.papers.paper_record import Paper, doi_name, labels_of, objects, optional_id, year_of
+from datamodules.papers.paper_record import Paper, doi_names, labels_of, objects, optional_id, year_of
 from datamodules.readers.rows import Record
 from datamodules.records import UserError, short
 
@@ -39,7 +39,7 @@ def paper(record: Record) -> Paper | None:
         year=year_of(record.get("year")) or year_of(record.get("publicationDate")),
         labels={"fields": labels_of(_fields(record), "fieldsOfStudy")},
         references=[name for reference in objects(record, "references") for name in _reference(reference)],
-        names=[f"corpusid:{corpus_id}"] * bool(corpus_id) + doi_name(external.get("DOI")),
+        names=[*_corpus_names(corpus_id), *doi_names(external.get("DOI"))],
         is_part="title" not in record and "abstract" in record,
     )
 
@@ -48,10 +48,13 @@ def _corpus_id(record: Record) -> str:
     return optional_id(record, "corpusId") or optional_id(record, "corpusid")
 
 
+def _corpus_names(corpus_id: str) -> list[str]:
+    return [f"corpusid:{corpus_id}"] if corpus_id else []
+
+
 def _reference(record: Record) -> list[str]:
-    if id := optional_id(record, "paperId"):
-        return [id]
-    return [f"corpusid:{id}" for id in [_corpus_id(record)] if id]
+    id = optional_id(record, "paperId")
+    return [id] if id else _corpus_names(_corpus_id(record))
 
 
 def _fields(record: Record) -> list[Any]:

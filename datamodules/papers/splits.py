@@ -24,7 +24,8 @@ class Splits:
     def __post_init__(self) -> None:
         numbers = self._numbers()
         by_hash = len(numbers) == 3 and sum(numbers) == 100 and numbers[0] > 0
-        by_year = len(numbers) in (1, 2) and numbers[0] >= 1000 and numbers[0] < [*numbers, 10_000][1]
+        is_ascending = list(numbers) == sorted(set(numbers))
+        by_year = len(numbers) in (1, 2) and numbers[0] >= 1000 and is_ascending
         if self.rule != "given" and not by_hash and not by_year:
             raise UserError(
                 "split: expected three percentages that add up to 100 (80/10/10), the last year of training (2015), "

@@ -9,7 +9,7 @@ import pytest
 
 from datamodules.papers.columns import MAX_EXCEL
 from datamodules.papers.formats import FORMATS, files_of, format_of, read_papers, warn_of_unread
-from datamodules.papers.paper_record import Label, Paper, doi_name, split_list, without_tags, year_of
+from datamodules.papers.paper_record import Label, Paper, doi_names, split_list, without_tags, year_of
 from datamodules.papers.splits import Splits
 from datamodules.readers import io
 from datamodules.readers.rows import BadLines
@@ -56,8 +56,8 @@ def test_years_are_found_in_dates():
 
 def test_dois_have_one_name():
     for doi in ("10.1234/ABC", "https://doi.org/10.1234/abc", "doi: 10.1234/Abc"):
-        assert doi_name(doi) == ["doi:10.1234/abc"]
-    assert doi_name("none") == doi_name(None) == []
+        assert doi_names(doi) == ["doi:10.1234/abc"]
+    assert doi_names("none") == doi_names(None) == []
 
 
 def test_lists_are_split_at_the_first_separator_that_occurs():
@@ -246,6 +246,16 @@ def test_separator_and_columns_of_a_table(tmp_path):
     assert [label.name for label in paper.labels["keywords"]] == ["b", "c"]
 
 
+def test_blank_cell_under_another_name_is_a_missing_value(tmp_path):
+    """Rows without an id or split were bad if the user had named the column, and good if it had its usual name."""
+    path = tmp_path / "a.csv"
+    path.write_text("Nr,title,Teil\n,A,\n7,B,test\n")
+    with BadLines() as bad:
+        papers = list(read_papers([path], bad, names={"id": "Nr", "split": "Teil"}))
+    assert [(paper.title, paper.split) for paper in papers] == [("A", ""), ("B", "test")]
+    assert papers[1].id == "7"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -357,7 +367,8 @@ def test_file_without_a_record_is_named(tmp_path, caplog):
 
 def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path, caplog):
     """They were left out without a word, and the output of an earlier import was read again, with its labels."""
-    for name in ("a.bib", "b.nbib", "c.PDF", "d.pdf", ".hidden", "out.quarantine.jsonl", "out/search/corpus.jsonl"):
+    hidden = (".hidden", ".out-a1b2c3d4.partial/papers.jsonl")  # the second one is that of a killed import
+    for name in ("a.bib", "b.nbib", "c.PDF", "d.pdf", *hidden, "out.quarantine.jsonl", "out/search/corpus.jsonl"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     for name in ("import.json", "papers.jsonl"):
