@@ -145,17 +145,8 @@ class EmbeddingJob:
 
     def _embed_shards(self, encoder: Encoder, shards: ShardFolder, numbers: range, num_texts: int) -> None:
         """Embed the given shards, except complete ones. num_texts: number of texts in all shards."""
-        num_complete = 0
+        num_written = 0
         quarantine = self.folder / f"quarantine-{self.share.index + 1}.jsonl"
-
-        def missing() -> Iterator[tuple[int, list[Document]]]:
-            nonlocal num_complete
-            for number, documents in read_shards(self.files, self.options.shard_size, numbers, bad_lines):
-                if shards.has(number, documents):
-                    progress.total, num_complete = progress.total - len(documents), num_complete + 1
-                else:
-                    yield number, documents
-
         with (
             BadLines(self.options.on_error, str(quarantine)) as bad_lines,
             Progress("embedding", "texts", num_texts) as progress,
@@ -163,7 +154,7 @@ class EmbeddingJob:
             closing(
                 embed_shards(
                     encoder,
-                    missing(),
+                    self._missing(shards, numbers, bad_lines, progress),
                     shards.metadata["tasks"],
                     similarity=shards.metadata["similarity"],
                     dtype=self.options.dtype,
@@ -174,9 +165,20 @@ class EmbeddingJob:
         ):
             for number, documents, vectors in embedded:
                 shards.write(number, documents, vectors)
-        seconds = time.monotonic() - progress.started
+                num_written += 1
+        seconds, num_complete = time.monotonic() - progress.started, len(numbers) - num_written
         complete = f"; {num_complete} shards were already complete" if num_complete else ""
         log.info("%s texts embedded, %s%s", f"{progress.done:,}", self._speed(encoder, seconds), complete)
+
+    def _missing(
+        self, shards: ShardFolder, numbers: range, bad_lines: BadLines, progress: Progress
+    ) -> Iterator[tuple[int, list[Document]]]:
+        """Yield the texts of each shard that is not complete. The others are subtracted from the total of progress."""
+        for number, documents in read_shards(self.files, self.options.shard_size, numbers, bad_lines):
+            if shards.has(number, documents):
+                progress.total -= len(documents)
+            else:
+                yield number, documents
 
     def _speed(self, encoder: Encoder, seconds: float) -> str:
         """Describe the mean speed of this process, with reading and writing."""

@@ -19,7 +19,7 @@ from experiments.build.models import EncodingOptions, System, load_systems, shor
 from experiments.build.suite import load_suite
 from experiments.config.arguments import as_argument, parse
 from experiments.config.run_config import config_of_run, run_of
-from experiments.config.schema import check_metrics
+from experiments.config.schema import Config, check_metrics
 from experiments.results.measuring import evaluate_system
 from experiments.results.result_tables import cost_tables, result_records, result_tables, suite_table
 from experiments.results.results import Benchmarks, EvaluationInfo, Results, combine, read_results
@@ -111,23 +111,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
     """Evaluate on all ranks. The first one writes and prints the results."""
-    models = options.models
-    encoders = [model.model for model in models.values() if model.model != "bm25"]
+    encoders = [model.model for model in options.models.values() if model.model != "bm25"]
     run = options.run or (run_of(encoders[0]) if len(encoders) == 1 else None)
     config = config_of_run(run, options.packages)
-    document_model = None
-    if options.document_model:
-        document_model = EncodingOptions(model=options.document_model, device=options.device, packages=options.packages)
-    systems = load_systems(
-        models,
-        config,
-        options.similarity,
-        task=options.task,
-        max_length=options.max_length,
-        token_budget=options.token_budget,
-        vectors_folder=options.vectors,
-        document_model=document_model,
-    )
+    systems = _load_systems(options, config)
     if options.benchmarks:
         benchmarks, read = suite_benchmarks(options), []
     else:
@@ -151,6 +138,23 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
         shown = [*result_tables(tables, info.metrics, title), *cost_tables(tables)]
         print_tables(options.format, shown, result_records(tables))
     log.info("Results and run files are in %s", folder)
+
+
+def _load_systems(options: EvaluateOptions, config: Config | None) -> list[System]:
+    """Load the models. config: configuration of the run that they belong to, if any."""
+    document_model = None
+    if options.document_model:
+        document_model = EncodingOptions(model=options.document_model, device=options.device, packages=options.packages)
+    return load_systems(
+        options.models,
+        config,
+        options.similarity,
+        task=options.task,
+        max_length=options.max_length,
+        token_budget=options.token_budget,
+        vectors_folder=options.vectors,
+        document_model=document_model,
+    )
 
 
 def _evaluate_all(
@@ -180,9 +184,8 @@ def _evaluate_all(
                 token_budget=options.token_budget,
                 precision=options.precision,
             )
-            if options.cost_per_hour is not None:
-                for result in table[benchmark.name].systems.values() if table else ():
-                    result.cost.price(options.cost_per_hour)
+            if options.cost_per_hour is not None and table:  # there is none of BM25 without its package
+                table[benchmark.name].systems[system.name].cost.price(options.cost_per_hour)
             tables = combine(tables, table)
             if rank() == 0:
                 Results(info=info, benchmarks=tables).write(path)

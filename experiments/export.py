@@ -107,9 +107,7 @@ def main(arguments: Sequence[str]) -> None:
     for task in tasks if options.push else ():
         _check_repository(options.repository(task))
     measured = fingerprint(encoder)
-    similarity = options.similarity or default_similarity(encoder, config)
-    encoder.similarity = similarity
-
+    encoder.similarity = options.similarity or default_similarity(encoder, config)
     if options.format == "reference":
         save_reference(encoder, output)
         log.info("wrote %s, a checkpoint in the layout of SciMult's authors", output)
@@ -117,19 +115,7 @@ def main(arguments: Sequence[str]) -> None:
     with whole_folder(output, replaces=options.overwrite) as folder:
         (folder / MARKER).write_text(MARKER_TEXT)
         for task in tasks:
-            path, plain = folder / (task if options.task == "all" else ""), encoder
-            if options.format == "pretrained":
-                encoder.save_pretrained(path)
-            else:
-                save_dense(encoder, task, path, similarity)
-                plain = dense(encoder, task)
-            hub = options.hub_details(task)
-            write_card(
-                path, plain, options.model, run, similarity, task, origin=encoder.origin, fingerprint=measured, hub=hub
-            )
-            (path / MARKER).write_text(MARKER_TEXT)
-            if options.onnx:
-                save_onnx(path)
+            _write_model(options, encoder, task, run, measured, folder / (task if options.task == "all" else ""))
         check_output(output, options.overwrite, inputs)  # again, because it may have changed during the export
     loader = "load_encoder" if options.format == "pretrained" else "SentenceTransformer"
     for task in tasks:
@@ -144,6 +130,26 @@ def _tasks(options: ExportOptions, encoder: Encoder) -> list[str]:
     if options.format != "plain":
         return [""]
     return list(encoder.tasks) if options.task == "all" else [options.task]
+
+
+def _write_model(
+    options: ExportOptions, encoder: Encoder, task: str, run: Path | None, measured: str, folder: Path
+) -> None:
+    """Write the model for a task, or the whole encoder for "", with its README.md.
+
+    run: folder of the encoder's run, if any. measured: fingerprint of the whole encoder.
+    """
+    similarity, exported = encoder.similarity, encoder
+    if options.format == "pretrained":
+        encoder.save_pretrained(folder)
+    else:
+        save_dense(encoder, task, folder, similarity)
+        exported = dense(encoder, task)
+    details = {"origin": encoder.origin, "fingerprint": measured, "hub": options.hub_details(task)}
+    write_card(folder, exported, options.model, run, similarity, task, **details)
+    (folder / MARKER).write_text(MARKER_TEXT)
+    if options.onnx:
+        save_onnx(folder)
 
 
 def _check_hub_options(options: ExportOptions) -> None:
