@@ -13,6 +13,7 @@ from datamodules.records import UserError
 
 MAX_NUMBER = 2**63 - 1
 REQUIRED: Any = dataclasses.MISSING
+ITEM_TYPES: dict[Any, Any] = {str: (str, "texts"), int: (int, "whole numbers"), float: ((int, float), "numbers")}
 
 
 def option(
@@ -60,10 +61,7 @@ def check_options(options: Any, prefix: str = "") -> None:
         key = prefix + option_key(field)
         value = getattr(options, field.name)
         choices = field.metadata.get("choices") or literal_choices(hints[field.name])
-        if get_origin(hints[field.name]) in (list, tuple) and str in get_args(hints[field.name]):
-            for item in value or ():
-                if not isinstance(item, str):  # OmegaConf accepts lists in a list of texts
-                    raise UserError(f"{key}: expected a list of texts, got {item!r} in it")
+        _check_items(key, value, hints[field.name])
         for path, item in _leaves(value, key):
             if dataclasses.is_dataclass(item):
                 check_options(item, path + ".")
@@ -73,6 +71,18 @@ def check_options(options: Any, prefix: str = "") -> None:
                 raise UserError(f"{path}: expected a number of at most 64 bits, got {_shortened(item)}")
             elif not _within(item, field.metadata.get("bounds", {})):
                 raise UserError(f"{path}: expected {describe_bounds(field)}, got {item!r}")
+
+
+def _check_items(key: str, value: Any, hint: Any) -> None:
+    """Raise UserError for an item of another type: OmegaConf accepts lists and mappings as texts and numbers."""
+    if get_origin(hint) not in (list, tuple, dict):
+        return
+    collection, item_hint = ("mapping", get_args(hint)[-1]) if get_origin(hint) is dict else ("list", get_args(hint)[0])
+    kinds, words = ITEM_TYPES.get(item_hint, (object, ""))
+    for item in value.values() if isinstance(value, Mapping) else value or ():
+        if not isinstance(item, kinds):
+            raise UserError(f"{key}: expected a {collection} of {words}, got {item!r} in it")
+        _check_items(key, item, item_hint)
 
 
 def check_number(name: str, value: float, **bounds: float) -> None:

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from datamodules.options import option
-from datamodules.records import UserError, prefixed
+from datamodules.records import UserError, explained, prefixed
 from experiments.config.experiment import FOLDER, experiment_file, folders_of, load_config, yaml_names
 from experiments.config.schema import Config
 from experiments.config.structured import did_you_mean, expected_one_of, read_yaml, structured, unknown
@@ -242,6 +242,8 @@ def _check_types(content: Mapping[str, Any]) -> None:
     for key, value in {"run_cap": content.get("run_cap"), **content.get("early_terminate", {})}.items():
         if isinstance(value, int) and abs(value) > 1 << 62:
             raise UserError(f"{key}: the number is too large")
+    with explained("the keys of a mapping must all be texts, or all numbers", TypeError):
+        json.dumps(content, sort_keys=True)  # as for the name of the folder
 
 
 def as_override(key: str, value: Any) -> str:

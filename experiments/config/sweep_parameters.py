@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 RANGE, NORMAL, OPTIONAL = ("min", "max"), ("mu", "sigma"), ("mu", "sigma", "q", "probabilities")
+MAX_GRID = 100_000  # values of a parameter
 DISTRIBUTIONS = {  # distribution -> keys of its settings
     "constant": ("value",),
     "categorical": ("values", "probabilities"),
@@ -76,19 +77,24 @@ class Parameter:
         return self._round(value)
 
     def grid(self) -> list[Any]:
-        """Return all values. Raises UserError if there are infinitely many."""
+        """Return all values. Raises UserError if there are too many, or infinitely many."""
         settings = self.settings
         if self._is_list():
             return list(settings.get("values", [settings.get("value")]))
         if self.distribution == "int_uniform":
-            return list(range(settings["min"], settings["max"] + 1))
+            return list(self._limited(range(settings["min"], settings["max"] + 1)))
         if self.distribution == "q_uniform":
             q = settings.get("q", 1)
             multiples = range(math.ceil(settings["min"] / q - 1e-9), math.floor(settings["max"] / q + 1e-9) + 1)
             if not multiples:
                 raise UserError(f"parameters.{self.name}: no multiple of q={q} is from min to max; change one of them")
-            return [_multiple(number, q) for number in multiples]
+            return [_multiple(number, q) for number in self._limited(multiples)]
         raise UserError(f"parameters.{self.name}: {self.distribution} has no grid; use values, or method: random")
+
+    def _limited(self, numbers: range) -> range:
+        if (count := numbers.stop - numbers.start) > MAX_GRID:
+            raise UserError(f"parameters.{self.name}: a grid of {count:,} values; use method: random")
+        return numbers
 
     def optuna_range(self) -> BaseDistribution:
         """Return the range for Optuna; for a list, the range of its indices. Raises UserError if Optuna has none."""
@@ -175,8 +181,10 @@ def suggest_trial(
     return {parameter.name: parameter.from_optuna(suggestion[parameter.name]) for parameter in parameters}
 
 
-def read_parameters(node: Mapping[str, Any], prefix: str = "") -> list[Parameter]:
+def read_parameters(node: Any, prefix: str = "") -> list[Parameter]:
     """Return the parameters of a sweep file, including nested ones. Raises UserError naming key and value."""
+    if not isinstance(node, Mapping):
+        raise UserError(f"parameters.{prefix}parameters: expected keys with values, got {node!r}")
     parameters: list[Parameter] = []
     for key, settings in node.items():
         name = f"{prefix}{key}"
@@ -214,15 +222,14 @@ def _default_distribution(name: str, settings: Mapping[str, Any]) -> str:
         if types not in ({int}, {float}):
             raise UserError(f"parameters.{name}: min and max must both be whole numbers, or both have a decimal point")
         return "int_uniform" if types == {int} else "uniform"
-    raise UserError(
-        f"parameters.{name}: expected value, values, min and max, or a distribution; got {', '.join(settings)}"
-    )
+    keys = ", ".join(map(str, settings))
+    raise UserError(f"parameters.{name}: expected value, values, min and max, or a distribution; got {keys}")
 
 
 def _check_settings(name: str, distribution: str, settings: Mapping[str, Any]) -> None:
     numbers = int if distribution == "int_uniform" else (int, float)
     for key in settings.keys() & {*RANGE, *NORMAL, "q"}:
-        if isinstance(settings[key], bool) or not isinstance(settings[key], numbers):
+        if isinstance(settings[key], bool) or not (isinstance(settings[key], numbers) and math.isfinite(settings[key])):
             raise UserError(f"parameters.{name}.{key}: expected a number, got {settings[key]!r}")
         if key in ("q", "sigma") and settings[key] <= 0:
             raise UserError(f"parameters.{name}.{key}: expected a number above 0, got {settings[key]}")

@@ -144,6 +144,8 @@ def test_commands_of_each_job(make_study):
         ("'b=two words'", "'b=two words", "cannot be split into words"),
         ("merge model={one}", "merge model={both}", "arms.both: unknown placeholder 'both'"),
         ("  start:", "  one-seed1: {model: bm25}\n  start:", "arms.one: a job of one-seed1 is called one-seed1 too"),
+        ("seeds: [1]", "seeds: [1, {a: 2}]", "seeds: expected a list of whole numbers, got {'a': 2} in it"),
+        ('steps: "3"', "steps: [3]", "values: expected a mapping of texts, got [3] in it"),
         ("title:", "titel:", "titel"),
         ("title: A study", "title: On {stops}", "title: unknown placeholder 'stops'"),
     ],

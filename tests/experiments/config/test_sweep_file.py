@@ -133,6 +133,7 @@ def test_bayes_accepts_running_trials_and_values_rounded_out_of_the_range():
             ["both be whole numbers, or both have a decimal point"],
         ),
         ("method: grid\nparameters: {optim.lr: {min: 2, max: 1}}\n", ["min 2 is above max 1"]),
+        ("method: grid\nparameters: {run.seed: {min: 1, max: 100000000000000000000}}\n", ["000 values; use method"]),
         ("method: grid\nparameters: {optim.lr: {values: []}}\n", ["a list of at least one"]),
         ("method: grid\nparameters: {optim.lr: {vales: [1]}}\n", ["expected value, values"]),
         (
@@ -240,6 +241,10 @@ def test_the_metric_may_be_one_that_diagnostics_and_mining_log(make_file):
         ("goal: maximize", "goal: up", "metric.goal: .*'up'"),
         ("{optim.lr: {value: 0.1}}", "5", "parameters: expected keys with values, got 5"),
         ("{optim.lr: {value: 0.1}}", "[a]", r"parameters: expected keys with values, got \['a'\]"),
+        ("{value: 0.1}", "{parameters: x}", "parameters.optim.lr.parameters: expected keys with values, got 'x'"),
+        ("{value: 0.1}", "{1: 0.1}", "parameters.optim.lr: expected value, values, .* got 1"),
+        ("{value: 0.1}", "{min: 0.0, max: .inf}", "parameters.optim.lr.max: expected a number, got inf"),
+        ("{value: 0.1}", "{values: [{a: 1, 2: 3}]}", "the keys of a mapping must all be texts"),
         ('[make, train, "${args_no_hyphens}"]', "5", "command: expected a list"),
         ('[make, train, "${args_no_hyphens}"]', "make train ${args_no_hyphens}", "command: expected a list"),
     ],
