@@ -11,14 +11,15 @@ Shapes: n rows of the task's document table, e links, k steps.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from datamodules.readers.io import numbered_lines
-from datamodules.records import UserError
+from datamodules.readers.io import read_lines
+from datamodules.readers.rows import BadLines, Row
+from datamodules.records import UserError, short
 
 if TYPE_CHECKING:
     from datamodules.tasks import TaskDataModule
@@ -167,49 +168,40 @@ def graph_of(task: TaskDataModule, file: str | Path | None = None) -> CitationGr
 
 def _pairs_of_file(task: TaskDataModule, path: Path) -> np.ndarray:
     """Return the rows of the pairs in a file, (e, 2), without those that only other splits have."""
-    rows, held_out = _rows_by_id(task), _held_out(task)
+    rows_by_id = [{id: row for row, id in enumerate(part.collection.corpus, part.first_row)} for part in task.parts]
+    held_out = _held_out(task)
     pairs: list[tuple[int, int]] = []
-    missing: dict[str, int] = {}  # id -> first line that names it
-    skipped = 0
-    for number, ids in _id_pairs(path):
-        for id in ids:
-            if id not in rows:
-                missing.setdefault(id, number)
-        if ids[0] in rows and ids[1] in rows:
-            skipped += frozenset(ids) in held_out
-            if frozenset(ids) not in held_out:
-                pairs += [(a, b) for a, part in rows[ids[0]] for b, other in rows[ids[1]] if part == other]
+    missing: dict[str, Row] = {}  # id -> first line that names it
+    num_held_out = num_between = 0
+    for line, one, other in _id_pairs(path):
+        for id in (one, other):
+            if not any(id in rows for rows in rows_by_id):
+                missing.setdefault(id, line)
+        links = [(rows[one], rows[other]) for rows in rows_by_id if one in rows and other in rows]
+        if frozenset((one, other)) in held_out:
+            num_held_out += 1
+        else:
+            pairs += links
+            num_between += not links
     if missing:
         id, line = next(iter(missing.items()))
         raise UserError(
-            f"{path}, line {line}: the graph names a paper {id!r} that is not in the corpus of task {task.task.name} "
+            f"{line}: the graph names a paper {id!r} that is not in the corpus of task {task.task.name} "
             f"({len(missing)} such papers); expected ids of the corpus; add the papers, or remove their lines"
         )
-    if skipped:
-        log.warning("%s: left out %d links of the dev or test split", path, skipped)
+    if num_held_out:
+        log.warning("%s: left out %d links of the dev or test split", path, num_held_out)
+    if num_between:
+        log.warning("%s: left out %d links between papers of different collections", path, num_between)
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 
-def _id_pairs(path: Path) -> Iterator[tuple[int, Sequence[str]]]:
-    for number, line in numbered_lines(path):
-        ids = line.split("\t") if "\t" in line else line.split()
-        ids = [id.strip() for id in ids]
-        if not any(ids):
-            continue
+def _id_pairs(path: Path) -> Iterator[tuple[Row, str, str]]:
+    for row in read_lines(path, BadLines()):
+        ids = [id.strip() for id in (row.text.split("\t") if "\t" in row.text else row.text.split())]
         if len(ids) != 2 or not all(ids):
-            raise UserError(
-                f"{path}, line {number}: expected two ids with a space or tab between, got {line.strip()!r}"
-            )
-        yield number, ids
-
-
-def _rows_by_id(task: TaskDataModule) -> dict[str, list[tuple[int, int]]]:
-    """Return, for each id of a corpus, its rows and the numbers of their collections."""
-    rows: dict[str, list[tuple[int, int]]] = {}
-    for number, part in enumerate(task.parts):
-        for row, id in enumerate(part.collection.corpus, part.first_row):
-            rows.setdefault(id, []).append((row, number))
-    return rows
+            raise UserError(f"{row}: expected two ids with a space or tab between, got {short(row.text)}")
+        yield row, *ids
 
 
 def _held_out(task: TaskDataModule) -> set[frozenset[str]]:

@@ -71,7 +71,7 @@ def find_collection(data: ContrastiveDataModule, key: str, name: str) -> tuple[T
     names = list(tasks[task_name].collections)
     if collection not in ("", *names) or (not collection and len(names) > 1):
         problem = f"unknown collection {collection!r}" if collection else f"task {task_name} has several collections"
-        raise UserError(f"{key}: {problem}; expected one of {', '.join(f'{task_name}/{each}' for each in names)}")
+        raise UserError(f"{key}: {problem}; expected one of {', '.join(f'{task_name}/{choice}' for choice in names)}")
     return tasks[task_name], collection or names[0]
 
 
@@ -226,9 +226,15 @@ def _number(text: str) -> float | None:
 
 
 def _positions(space: LabelSpace) -> dict[str, int]:
-    """Return the position of each label by name and by id; a name that is another label's id means that label."""
-    names = {label.title.strip(): position for position, label in enumerate(space.labels)}
-    return names | {label.id: position for position, label in enumerate(space.labels)}
+    """Return the position of each label by name and by id, or -1 for a name that several labels have.
+
+    A name that is another label's id means that label.
+    """
+    positions: dict[str, int] = {}
+    for position, label in enumerate(space.labels):
+        if name := label.title.strip():
+            positions[name] = -1 if name in positions else position
+    return positions | {label.id: position for position, label in enumerate(space.labels)}
 
 
 def _position(label: str, space: LabelSpace, positions: dict[str, int]) -> int:
@@ -236,6 +242,8 @@ def _position(label: str, space: LabelSpace, positions: dict[str, int]) -> int:
         near = difflib.get_close_matches(label, list(positions), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "; expected the id or the name of a label"
         raise UserError(f"{label!r} is not a label of {space.name}{hint}")
+    if positions[label] < 0:
+        raise UserError(f"{label!r} is the name of several labels of {space.name}; give the id of one")
     return positions[label]
 
 

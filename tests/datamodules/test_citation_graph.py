@@ -137,6 +137,21 @@ def test_file_cannot_leak_links_of_the_evaluation(tmp_path, caplog):
     assert "left out 1 links" in caplog.text
 
 
+def test_links_between_collections_of_a_file_are_counted(tmp_path, caplog):
+    """They were left out without a word."""
+    corpus = papers(4)
+    collections = {}
+    for name, ids in (("one", ("p0", "p1", "p2")), ("two", ("p0", "p1", "p3"))):
+        documents = {id: corpus[id] for id in ids}
+        collections[name] = Collection(documents, {"p0": corpus["p0"]}, {"train": {"p0": {"p1": 1}}})
+    data = LinkPredictionDataModule("links", collections)
+    data.setup()
+    file = tmp_path / "graph.tsv"
+    file.write_text("p0 p1\np1 p3\np2 p3\n")
+    assert graph_of(data, file).sources.tolist() == [0, 1, 4, 5, 5, 6]
+    assert "left out 1 links between papers of different collections" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -96,6 +96,21 @@ def test_mistakes_in_a_file_name_file_and_line(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def test_name_of_several_labels_needs_an_id(tmp_path):
+    """A weight went to the last label of the name. A blank cell was the last label without a name."""
+    path = tmp_path / "relation.tsv"
+    target = space("t", "Mercury", "Mercury", "")
+    for label, message in (
+        ("Mercury", "is the name of several labels of t; give the id of one"),
+        ("", "is not a label"),
+    ):
+        path.write_text(f"Algebra\t{label}\t1\n")
+        with pytest.raises(UserError, match=f"line 1: '{label}' {message}"):
+            read_relation(path, FIRST, target)
+    path.write_text("Algebra\tt0\t1\n")
+    assert read_relation(path, FIRST, target).tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 0]]
+
+
 def test_missing_file_raises_user_error(tmp_path):
     with pytest.raises(UserError, match=r"none\.tsv: cannot be opened"):
         read_relation(tmp_path / "none.tsv", FIRST, SECOND)
