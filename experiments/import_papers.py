@@ -15,7 +15,7 @@ from datamodules.files import expanded, write_json
 from datamodules.options import option
 from datamodules.papers.columns import COLUMNS, parse_columns
 from datamodules.papers.formats import FORMATS, IMPORTED, QUARANTINE, files_of, format_of, read_papers, warn_of_unread
-from datamodules.papers.library import EmptyLibrary, Library, library_in
+from datamodules.papers.library import EmptyLibrary, Library, library_in, with_counts
 from datamodules.papers.paper_record import LABEL_KINDS, Paper
 from datamodules.papers.splits import Splits
 from datamodules.papers.views import VIEW_OF_KIND, VIEWS, EmptyView, ViewOptions
@@ -143,14 +143,14 @@ def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> Non
     columns = [Column("task"), Column("corpus", "", folds=True), *numbers, Column("pairs", ",d", folds=True)]
     title = f"{summary['papers']:,} papers of {summary['records']:,} records, in {relative_path(output)}"
     table = Table([*columns, Column("left out", folds=True)], title)
-    table.add("(all)", f"{summary['papers']:,} papers", *[None] * 4, _reasons(summary["left_out"]))
+    table.add("(all)", f"{summary['papers']:,} papers", *[None] * 4, with_counts(summary["left_out"]))
     for kind, count in counts.items():
         if count.problem:
             table.add(kind, *[None] * 5, f"not created: {count.problem}")
             continue
         queries = (count.queries.get(split, 0) for split in SPLITS)
         corpus, pairs = f"{count.documents:,} {count.kind}", sum(count.pairs.values())
-        table.add(kind, corpus, *queries, pairs, _reasons(count.left_out))
+        table.add(kind, corpus, *queries, pairs, with_counts(count.left_out))
     print_table(table)
     if created := [kind for kind, count in counts.items() if not count.problem]:
         data = [shlex.quote(f"task.{kind}.data={relative_path(output)}") for kind in created]
@@ -160,10 +160,6 @@ def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> Non
         log.info("Next: make train EXP=moe 'tasks=[%s]' %s", ",".join(created), " ".join(data))
     else:
         raise UserError(f"input: no task can be made of these papers; {relative_path(output) / IMPORTED} has them all")
-
-
-def _reasons(left_out: Mapping[str, int]) -> str:
-    return "; ".join(f"{reason}: {count:,}" for reason, count in left_out.items())
 
 
 if __name__ == "__main__":

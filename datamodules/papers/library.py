@@ -6,7 +6,7 @@ import json
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,6 +30,11 @@ CREATE TABLE labels (kind TEXT, label TEXT, name TEXT, definition TEXT, PRIMARY 
 CREATE TABLE labelled (number INTEGER, kind TEXT, label TEXT, PRIMARY KEY (number, kind, label)) WITHOUT ROWID;
 CREATE TABLE parts (id TEXT PRIMARY KEY, abstract TEXT) WITHOUT ROWID;
 """
+
+
+def with_counts(left_out: Mapping[str, int]) -> str:
+    """Return the reasons for which records are left out, each with its number."""
+    return "; ".join(f"{reason}: {count:,}" for reason, count in left_out.items())
 
 
 class EmptyLibrary(UserError):
@@ -67,8 +72,7 @@ class Library:
         self._join_parts()
         self._drop_without_text()
         if not len(self):
-            reasons = "; ".join(f"{reason}: {count:,}" for reason, count in self.left_out.items())
-            raise EmptyLibrary(f"contains no papers{f' ({reasons})' if reasons else ''}")
+            raise EmptyLibrary(f"contains no papers ({with_counts(self.left_out) or 'no records'})")
 
     def _add(self, paper: Paper) -> None:
         execute = self.database.execute

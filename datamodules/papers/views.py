@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from datamodules.options import check_options, option
 from datamodules.papers.columns import check_split, csv_rows
 from datamodules.papers.formats import json_rows
-from datamodules.papers.library import Library
+from datamodules.papers.library import Library, with_counts
 from datamodules.papers.paper_record import LABEL_KINDS, Paper, clean, split_list
 from datamodules.readers.checks import SPLITS
 from datamodules.readers.io import suffix_of
@@ -87,8 +87,7 @@ class View(ABC):
         self.queries = self._by_split("count(DISTINCT query)")
         self.pairs = self._by_split("sum(grade > 0)")
         if not self.queries.get("train"):
-            reasons = (f"{reason}: {count:,}" for reason, count in self.left_out.items())
-            raise EmptyView("; ".join((self.nothing, *reasons)))
+            raise EmptyView("; ".join(filter(None, (self.nothing, with_counts(self.left_out)))))
 
     @abstractmethod
     def judge(self) -> None:
@@ -104,8 +103,7 @@ class View(ABC):
             sink.add_document(Document(*row))
         for row in self.database.execute(self.queries_sql.format(judged=self.judged)):
             sink.add_query(Document(*row))
-        judgements = f"SELECT split, id, document, grade FROM {self.judged} ORDER BY query"
-        for row in self.database.execute(judgements):
+        for row in self.database.execute(f"SELECT split, id, document, grade FROM {self.judged} ORDER BY query"):
             sink.add_judgement(*row)
 
 
@@ -247,31 +245,43 @@ class Searches(View):
 
     def _add_query(self, number: int, record: Record) -> None:
         text = clean(record.words("query"), "query")
-        value = record.get("positives")
-        positives = (
-            record.grades("positives") if isinstance(value, dict) else dict.fromkeys(_ids(record, "positives"), 1)
-        )
-        grades = judgements(positives, _ids(record, "negatives"))
-        select = "SELECT papers.number, id, year FROM names JOIN papers USING (number) WHERE name = ?"
-        papers = {name: self.database.execute(select, [name]).fetchone() for name in grades}
-        known: dict[Any, int] = {}
-        for name, paper in papers.items():
-            if paper and known.setdefault(paper, grades[name]) != grades[name]:
-                raise UserError(f"the paper {paper[1]!r} has two grades, under two of its names")
-        self.left_out["ids of papers that are not in the files"] += list(papers.values()).count(None)
-        if not any(grade > 0 for grade in known.values()):
+        grades = self._grades_of_papers(record)
+        positives = [paper for paper, grade in grades.items() if grade > 0]
+        if not positives:
             self.left_out["queries without a positive in the files"] += 1
             return
-        newest = max((year for (_, _, year), grade in known.items() if year and grade > 0), default=None)
-        given = check_split(record["split"]) if record.get("split") not in (None, "") else ""
-        split = given or self.library.splits.of(Paper(f"query {text}", year=newest))
+        newest = max((paper.year for paper in positives if paper.year), default=None)
+        split = check_split(record["split"]) if record.get("split") not in (None, "") else ""
+        split = split or self.library.splits.of(Paper(f"query {text}", year=newest))
         if not split:
             self.left_out[f"queries without a {self.library.splits.needs}"] += 1
             return
         id = f"query.{number}"
         self.database.execute("INSERT INTO queries VALUES (?, ?, ?, ?)", (number, id, text, split))
-        rows = ((number, id, split, paper, grade) for (_, paper, _), grade in known.items())
+        rows = ((number, id, split, paper.id, grade) for paper, grade in grades.items())
         self.database.executemany(f"INSERT OR IGNORE INTO {self.judged} VALUES (?, ?, ?, ?, ?)", rows)
+
+    def _grades_of_papers(self, record: Record) -> dict[_JudgedPaper, int]:
+        """Return the grade of each judged paper of the library, and count those of other papers as left out."""
+        if isinstance(record.get("positives"), dict):
+            positives = record.grades("positives")
+        else:
+            positives = dict.fromkeys(_ids(record, "positives"), 1)
+        select = "SELECT id, year FROM names JOIN papers USING (number) WHERE name = ?"
+        grades: dict[_JudgedPaper, int] = {}
+        missing = 0
+        for name, grade in judgements(positives, _ids(record, "negatives")).items():
+            row = self.database.execute(select, [name]).fetchone()
+            missing += row is None
+            if row and grades.setdefault(_JudgedPaper(*row), grade) != grade:
+                raise UserError(f"the paper {row[0]!r} has two grades, under two of its names")
+        self.left_out["ids of papers that are not in the files"] += missing
+        return grades
+
+
+class _JudgedPaper(NamedTuple):
+    id: str
+    year: int | None
 
 
 def _ids(record: Record, key: str) -> list[str]:
