@@ -201,7 +201,7 @@ def _id_pairs(path: Path) -> Iterator[tuple[Row, str, str]]:
         ids = [id.strip() for id in (row.text.split("\t") if "\t" in row.text else row.text.split())]
         if len(ids) != 2 or not all(ids):
             raise UserError(f"{row}: expected two ids with a space or tab between, got {short(row.text)}")
-        yield row, *ids
+        yield row, ids[0], ids[1]
 
 
 def _held_out(task: TaskDataModule) -> set[frozenset[str]]:
