@@ -65,17 +65,21 @@ class Sources:
         return checksums
 
     def is_missing(self, name: str) -> bool:
-        """Return whether an optional source is missing: it must be placed by hand, or is not on the mirror."""
+        """Return whether an optional source is missing: it must be placed by hand, or is not on the mirror.
+
+        Only a download shows what the mirror has, so this downloads the source.
+        """
         files = self.specs[name].files
-        was_here = all(self.path(name, file).is_file() or f"{name}/{file}" in self.known for file in files)
-        if was_here or (self.url(name, "") and not self.mirror):
+        if all(self.path(name, file).is_file() or f"{name}/{file}" in self.known for file in files):
             return False
+        if not self.mirror:
+            return self.url(name, "") is None
         try:
-            for file in self.missing_files(name) if self.mirror else ():
+            for file in self.missing_files(name):
                 self._download(name, file)
         except NotOnServer:
             return True
-        return not self.mirror
+        return False
 
     def missing_files(self, name: str) -> list[str]:
         return [file for file in self.specs[name].files if not self.path(name, file).is_file()]
@@ -97,7 +101,7 @@ class Sources:
         return f"{name} cannot be downloaded automatically: get it from {page}, and place it as {paths}"
 
     def fetch(self, name: str) -> Path:
-        """Download, verify and unpack the missing parts of a source, and return its folder.  Raises UserError."""
+        """Download, verify and unpack the missing parts of a source, and return its folder. Raises UserError."""
         spec = self.specs[name]
         if self._is_unpacked(name):
             return self.folder(name)
