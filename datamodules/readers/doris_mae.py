@@ -98,12 +98,12 @@ def _read_papers(path: Path, bad: BadLines, wanted: Container[str]) -> dict[str,
 
 
 def _read_question(record: Record, id: str) -> _Question:
-    query = Document(id, "", record.text("query_text", required=True))
+    query = Document(id, "", record.words("query_text"))
     candidates = record.ids("candidate_pool", required=True)
     tree = record.object("aspects")
     aspects = {check_id(aspect, "aspects") for aspect in tree}
     for aspect in tree:
         aspects.update(tree.ids(aspect, required=True))
-    if not (query.text.strip() and candidates and aspects):
-        raise UserError("query_text, candidate_pool or aspects is empty")
+    if not (candidates and aspects):
+        raise UserError("candidate_pool or aspects is empty")
     return _Question(query, candidates, aspects)

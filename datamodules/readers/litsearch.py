@@ -47,11 +47,10 @@ class LitSearchReader(FolderReader):
         for row in read_tables(self._files("query"), bad):
             with row:
                 record = as_object(row)
-                text = record.text("query", required=True)
+                query = Document(f"test.{row.ordinal}", "", record.words("query"))
                 answers = record.ids("corpusids", required=True)
-                if not text.strip() or not answers:
-                    raise UserError("query or corpusids is empty")
-                query = Document(f"test.{row.ordinal}", "", text)
+                if not answers:
+                    raise UserError("corpusids is empty")
                 add_document(queries, query)
                 record.judged(answers, corpus)
                 qrels[query.id] = dict.fromkeys(answers, 1)

@@ -652,7 +652,7 @@ WORLDS = (
         (
             INVALID_JSON,
             NOT_AN_OBJECT,
-            ('{"query": "w", "corpusids": []}', "query or corpusids is empty"),
+            ('{"query": "w", "corpusids": []}', "corpusids is empty"),
             ('{"corpusids": [200]}', "query is missing"),
         ),
     ),
