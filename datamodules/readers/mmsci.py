@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import unquote
@@ -68,6 +68,9 @@ class _Article:
         return Document(self.id, self.title, self.abstract)
 
 
+# Corpus, queries, and the split and judgements of each query.
+_View = tuple[Mapping[str, Document], Mapping[str, Document], Mapping[str, tuple[str, Mapping[str, int]]]]
+
 MEMBERS = {
     "captions": ("images",),
     "figures": ("images", "sections"),
@@ -122,15 +125,15 @@ class MMSciReader(FolderReader):
         return [*self._question_files().values(), *(path for _, path in self._split_files()), *articles]
 
     def collect(self, bad: BadLines) -> Collection:
-        make = {
+        make: Callable[[Mapping[str, _Article]], _View] = {
             "captions": self._captions,
             "figures": self._figures,
             "subjects": self._subjects,
             "references": self._references,
-            "choices": self._choices,
+            "choices": lambda articles: self._choices(articles, bad),
         }[self.view]
         articles = {article.id: article for article in self._articles(bad)}
-        corpus, queries, judged = make(articles, bad)
+        corpus, queries, judged = make(articles)
         qrels: dict[str, dict[str, Mapping[str, int]]] = {}
         for query, (split, grades) in judged.items():
             qrels.setdefault(split, {})[query] = grades
@@ -190,18 +193,18 @@ class MMSciReader(FolderReader):
             bad.gaps.add_document(self.root, article.document, {})
             yield article
 
-    def _captions(self, articles: Mapping[str, _Article], bad: BadLines):
+    def _captions(self, articles: Mapping[str, _Article]) -> _View:
         queries, judged = {}, {}
         for article in articles.values():
             paper = f" {normal(f'{article.title} {article.abstract}')} "
             for figure in article.figures:
-                parts = [part for part in (figure.caption, figure.description) if f" {normal(part)} " not in paper]
-                if text := " ".join(part for part in parts if normal(part)):
-                    queries[figure.id] = Document(figure.id, "", text)
+                texts = [text for text in (figure.caption, figure.description) if f" {normal(text)} " not in paper]
+                if caption := " ".join(text for text in texts if normal(text)):
+                    queries[figure.id] = Document(figure.id, "", caption)
                     judged[figure.id] = article.split, {article.id: 1}
         return {id: article.document for id, article in articles.items()}, queries, judged
 
-    def _figures(self, articles: Mapping[str, _Article], bad: BadLines):
+    def _figures(self, articles: Mapping[str, _Article]) -> _View:
         corpus, queries, judged, unmentioned = {}, {}, {}, 0
         for article in articles.values():
             mentions = _mentions(article)
@@ -218,7 +221,7 @@ class MMSciReader(FolderReader):
             log.warning("%s: no sentence mentions %d of %d figures", self.folder, unmentioned, len(corpus))
         return corpus, queries, judged
 
-    def _subjects(self, articles: Mapping[str, _Article], bad: BadLines):
+    def _subjects(self, articles: Mapping[str, _Article]) -> _View:
         categories: dict[str, list[str]] = {}
         for _, subjects in self._article_files().values():
             for category, subject in subjects:
@@ -229,18 +232,18 @@ class MMSciReader(FolderReader):
         judged = {id: (articles[id].split, dict.fromkeys(articles[id].subjects, 1)) for id in queries}
         return corpus, queries, judged
 
-    def _references(self, articles: Mapping[str, _Article], bad: BadLines):
+    def _references(self, articles: Mapping[str, _Article]) -> _View:
         by_title: dict[str, str] = {}
         for id, article in articles.items():
             title = normal(article.title)
             by_title[title] = "" if title in by_title else id  # a title of two articles names neither
         by_title[""] = ""
-        judged, total = {}, 0
+        judged = {}
         for id, article in articles.items():
             cited = (_cited(title, link, by_title, articles) for title, link in article.references)
             if grades := {other: 1 for other in cited if other and other != id}:
                 judged[id] = article.split, grades
-            total += len(article.references)
+        total = sum(len(article.references) for article in articles.values())
         links = sum(len(grades) for _, grades in judged.values())
         log.info("%s: %d of %d references are links between its articles", self.folder, links, total)
         corpus = {id: article.document for id, article in articles.items()}
@@ -248,7 +251,7 @@ class MMSciReader(FolderReader):
 
     # --- questions ---
 
-    def _choices(self, articles: Mapping[str, _Article], bad: BadLines):
+    def _choices(self, articles: Mapping[str, _Article], bad: BadLines) -> _View:
         corpus: dict[str, Document] = {}
         queries: dict[str, Document] = {}
         judged = {}
@@ -257,19 +260,15 @@ class MMSciReader(FolderReader):
                 if number != self.setting - 1:
                     continue
                 with row:
-                    record = as_object(row, " with uid, image, question and answer")
-                    uid, image = record.words("uid"), record.words("image")
-                    stem, options = _options(record.words("question"))
-                    answer = check_choice("answer", record.text("answer", required=True), list(options))
-                    panel = re.search(r"\(([a-z])\)", stem)
-                    id = f"{image}#{panel[1]}" if panel else image
+                    question = _Question.of(as_object(row, " with uid, image, question and answer"))
+                    id = f"{question.image}#{question.panel}" if question.panel else question.image
                     if id in queries:  # another question about it
                         id += f".{len(queries)}"
-                    text = _question_text(articles.get(uid), image, panel[1] if panel else "") or image
-                    queries[id] = Document(id, "", text)
-                    for letter, option in options.items():
-                        corpus[f"{id}.{letter}"] = Document(f"{id}.{letter}", "", option)
-                    judged[id] = split, {f"{id}.{letter}": int(letter == answer) for letter in options}
+                    text = _text_of_panel(articles.get(question.article), question.image, question.panel)
+                    queries[id] = Document(id, "", text or question.image)
+                    options = {f"{id}.{letter}": caption for letter, caption in question.options.items()}
+                    corpus |= {option: Document(option, "", caption) for option, caption in options.items()}
+                    judged[id] = split, {option: int(option == f"{id}.{question.answer}") for option in options}
         return corpus, queries, judged
 
 
@@ -320,8 +319,7 @@ def _cited(title: str, link: str, by_title: Mapping[str, str], articles: Mapping
     """
     if (id := unquote(link).rpartition("/")[2]) in articles:
         return id
-    parts = [normal(part) for part in re.split(r"[.?!]", title)]
-    parts = [part for part in parts if part]
+    parts = list(filter(None, map(normal, re.split(r"[.?!]", title))))
     runs = (" ".join(parts[i:j]) for j in range(len(parts), 0, -1) for i in range(j))  # long ones first
     return next((by_title[run] for run in runs if by_title.get(run)), "")
 
@@ -346,19 +344,38 @@ def _mentions(article: _Article) -> dict[tuple[int, str], list[str]]:
     return mentions
 
 
-def _options(question: str) -> tuple[str, dict[str, str]]:
-    """Return a question without its options, and the options by letter. Raises UserError unless they are A to D."""
-    stem, *parts = OPTION.split(question)
-    options = {letter: text.strip() for letter, text in zip(parts[::2], parts[1::2], strict=True)}
-    if "".join(parts[::2]) != "ABCD" or not all(options.values()):
-        raise UserError(f"question: expected the four options A to D, one a line, got {question[-60:]!r}")
-    return stem, options
+@dataclass
+class _Question:
+    """A question for the caption of a figure.
+
+    article, image: ids of the article and of the figure. panel: letter of the panel, "" for the whole figure.
+    options: captions by letter, A to D. answer: letter of the right one.
+    """
+
+    article: str
+    image: str
+    panel: str
+    options: dict[str, str]
+    answer: str
+
+    @classmethod
+    def of(cls, record: Record) -> _Question:
+        article, image, question = record.words("uid"), record.words("image"), record.words("question")
+        stem, *parts = OPTION.split(question)
+        options = {letter: text.strip() for letter, text in zip(parts[::2], parts[1::2], strict=True)}
+        if "".join(parts[::2]) != "ABCD" or not all(options.values()):
+            raise UserError(f"question: expected the four options A to D, one a line, got {question[-60:]!r}")
+        answer = check_choice("answer", record.text("answer", required=True), list(options))
+        panel = re.search(r"\(([a-z])\)", stem)
+        return cls(article, image, panel[1] if panel else "", options, answer)
 
 
-def _question_text(article: _Article | None, image: str, panel: str) -> str:
+def _text_of_panel(article: _Article | None, image: str, panel: str) -> str:
     """Return the sentences that mention a panel of a figure, else those that mention the figure, else ""."""
-    figure = next((figure for figure in article.figures if figure.id == image), None) if article else None
-    if article is None or figure is None:
+    if article is None:
         return ""
-    mentions = _mentions(article)
-    return " ".join(mentions.get((figure.number, panel)) or mentions.get((figure.number, ""), []))
+    for figure in article.figures:
+        if figure.id == image:
+            mentions = _mentions(article)
+            return " ".join(mentions.get((figure.number, panel)) or mentions.get((figure.number, ""), []))
+    return ""
