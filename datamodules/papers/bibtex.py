@@ -39,25 +39,14 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
     if len(text) > MAX_SIZE:
         raise UserError(f"{path}: larger than {MAX_SIZE:,} characters; split it into several files")
     library = bibtexparser.parse_string(text, parse_stack=[])
-    strings: dict[str, str] = {}
-    for string in library.strings:  # each may contain earlier ones
-        with prefixed(f"{path}, line {(string.start_line or 0) + 1}: "):
-            strings[string.key.lower()] = _text_of(string.value, strings)
-    parents, count = {entry.key.lower(): entry for entry in library.entries}, 0
-    for block in library.blocks:
-        if isinstance(block, model.DuplicateBlockKeyBlock | model.DuplicateFieldKeyBlock):  # the first field counts
-            block = block.ignore_error_block
-        is_text = isinstance(block, model.ImplicitComment)
-        if isinstance(block, model.String | model.Preamble | model.ExplicitComment):
-            continue
-        if is_text and (block.comment.startswith("%") or not ENTRY_WITHOUT_AT.search(block.comment)):
-            continue
-        count += 1
-        row = Row(bad, path, (block.start_line or 0) + 1, block.raw or "", count)
+    strings, parents = _strings(path, library), {entry.key.lower(): entry for entry in library.entries}
+    count = 0
+    for count, block in enumerate(_entry_blocks(library, model), start=1):
+        row = Row(bad, path, _line(block), block.raw or "", count)
         with row:
             if isinstance(block, model.ParsingFailedBlock):
                 raise UserError(f"not valid BibTeX ({block.error})")
-            if is_text:
+            if isinstance(block, model.ImplicitComment):
                 raise UserError("expected an entry that starts with @")
             fields = _fields(block, strings)
             if parent := parents.get(fields.get("crossref", "").lower()):
@@ -66,6 +55,32 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
         if row.value is not None:
             yield row
     bad.end_of_file(path, count)
+
+
+def _strings(path: Path, library: Any) -> dict[str, str]:
+    """Return the text of each @string."""
+    strings: dict[str, str] = {}
+    for string in library.strings:  # each may contain earlier ones
+        with prefixed(f"{path}, line {_line(string)}: "):
+            strings[string.key.lower()] = _text_of(string.value, strings)
+    return strings
+
+
+def _entry_blocks(library: Any, model: Any) -> Iterator[Any]:
+    """Yield the entries, the blocks that cannot be read, and text between them that looks like an entry without @."""
+    for block in library.blocks:
+        if isinstance(block, model.DuplicateBlockKeyBlock | model.DuplicateFieldKeyBlock):  # the first field counts
+            block = block.ignore_error_block
+        if isinstance(block, model.ImplicitComment):
+            is_entry = not block.comment.startswith("%") and ENTRY_WITHOUT_AT.search(block.comment)
+        else:
+            is_entry = not isinstance(block, model.String | model.Preamble | model.ExplicitComment)
+        if is_entry:
+            yield block
+
+
+def _line(block: Any) -> int:
+    return (block.start_line or 0) + 1
 
 
 def _fields(entry: Any, strings: Mapping[str, str]) -> dict[str, str]:
