@@ -10,7 +10,7 @@ import logging
 import re
 import zipfile
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +149,18 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
             bad.report(Row(bad, path, lines.first_number, lines.row[0].rstrip("\r\n"), count), problem)
             lines.read_again_after_first()
         else:
-            value = dict(zip(header, cells, strict=True))
+            value = _by_column(zip(header, cells, strict=True))
             yield Row(bad, path, lines.first_number, "".join(lines.row).rstrip("\r\n"), count, value)
     bad.end_of_file(path, count)
+
+
+def _by_column(cells: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the cells of a row by column. Of columns with the same name, the first with a value counts."""
+    values: dict[str, Any] = {}
+    for name, cell in cells:
+        if values.get(name) in (None, ""):
+            values[name] = cell
+    return values
 
 
 def _csv_header(lines: _Lines, path: Path) -> tuple[list[str], dict[str, Any]]:
@@ -230,7 +239,7 @@ def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
             else:
                 count += 1
                 cells_by_name = itertools.zip_longest(header, map(_plain_cell, values))  # some programs leave out cells
-                value = {str(name): cell for name, cell in cells_by_name if name is not None}
+                value = _by_column((str(name), cell) for name, cell in cells_by_name if name is not None)
                 yield Row(bad, path, number, str(value), count, value)
         if filled := [other.title for other in others if any(map(any, other.iter_rows(values_only=True)))]:
             log.warning("%s: only the sheet %s is read; not read: %s", path, sheet.title, ", ".join(filled))

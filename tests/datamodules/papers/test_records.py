@@ -256,6 +256,12 @@ def test_blank_cell_under_another_name_is_a_missing_value(tmp_path):
     assert papers[1].id == "7"
 
 
+def test_first_value_of_columns_with_the_same_name_counts(tmp_path):
+    """The last cell counted, even a blank one."""
+    (paper,) = read(tmp_path / "a.csv", "title,abstract,keywords,keywords\nA,x,b,\n")
+    assert [label.name for label in paper.labels["keywords"]] == ["b"]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
