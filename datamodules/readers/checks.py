@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from datamodules.records import UserError, short
@@ -49,6 +50,11 @@ def check_grade(value: Any, key: str = "score") -> int:
     if not isinstance(value, int) or isinstance(value, bool) or abs(value) > MAX_GRADE:
         raise UserError(f"the {key} must be an integer, got {short(value)}")
     return value
+
+
+def first_ids(ids: Sequence[str]) -> str:
+    """Return the first five ids, for an error."""
+    return ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
 
 
 # --- ids and splits for files without them ---

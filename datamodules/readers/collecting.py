@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.options import check_options, option
+from datamodules.readers.checks import first_ids
 from datamodules.readers.io import find_file
 from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines, Row
@@ -161,10 +162,9 @@ class Judgements:
         """Return all judgements. Raises UserError if there were unknown queries."""
         if self.unknown:
             distinct = list(dict.fromkeys(self.unknown))
-            first = ", ".join(map(repr, distinct[:5])) + (", ..." if len(distinct) > 5 else "")
             raise UserError(
                 f"{self.path}: {len(self.unknown)} lines have {len(distinct)} query ids that are not in "
-                f"{self.query_file}: {first}"
+                f"{self.query_file}: {first_ids(distinct)}"
             )
         return self.qrels
 

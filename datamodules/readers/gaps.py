@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from datamodules.readers.checks import first_ids
 from datamodules.records import Document, UserError
 from datamodules.text import LONG_TEXT, TEXT_KEYS, unread_key
 
@@ -75,8 +76,8 @@ class Gaps:
             if gaps.blank and gaps.blank == gaps.documents:
                 raise UserError(f"{path}: no document has a title or a text")
             if gaps.missing and gaps.missing.total() == gaps.judgements:
-                first = ", ".join(map(repr, list(gaps.missing)[:5])) + (", ..." if len(gaps.missing) > 5 else "")
-                raise UserError(f"{path}: none of the judged documents is in the corpus: {first}")
+                ids = first_ids(list(gaps.missing))
+                raise UserError(f"{path}: none of the judged documents is in the corpus: {ids}")
             self._warn(path, gaps)
 
     def _warn(self, path: Path, gaps: _Gaps) -> None:

@@ -133,8 +133,9 @@ class Sources:
             if not was_resumed:
                 raise
             log.warning("%s: the partial download did not match the rest; downloading it from the beginning", path)
-            return self._download(name, file)
-        keep(part)
+            self._download(name, file)
+        else:
+            keep(part)
 
     def _verify(self, name: str, file: str) -> None:
         """Verify a file, unless its size and time are the same as before."""
