@@ -72,10 +72,9 @@ def _entry_blocks(library: Any, model: Any) -> Iterator[Any]:
         if isinstance(block, model.DuplicateBlockKeyBlock | model.DuplicateFieldKeyBlock):  # the first field counts
             block = block.ignore_error_block
         if isinstance(block, model.ImplicitComment):
-            is_entry = not block.comment.startswith("%") and ENTRY_WITHOUT_AT.search(block.comment)
-        else:
-            is_entry = not isinstance(block, model.String | model.Preamble | model.ExplicitComment)
-        if is_entry:
+            if not block.comment.startswith("%") and ENTRY_WITHOUT_AT.search(block.comment):
+                yield block
+        elif not isinstance(block, model.String | model.Preamble | model.ExplicitComment):
             yield block
 
 
