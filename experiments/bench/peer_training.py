@@ -13,6 +13,7 @@ from typing import Any
 
 from datamodules.batches import MultiTaskDataModule
 from datamodules.options import option
+from datamodules.progress_lines import ProgressLines
 from datamodules.records import UserError
 from datamodules.text import input_text
 from experiments.bench.peer import losses, peer_version
@@ -90,6 +91,7 @@ def _train(model: Any, config: Config, data: MultiTaskDataModule, guide: str | N
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
+    from transformers import TrainerCallback
 
     temperature = config.objective.temperature
     if guide is None:
@@ -113,8 +115,15 @@ def _train(model: Any, config: Config, data: MultiTaskDataModule, guide: str | N
         report_to="none",
         disable_tqdm=True,
     )
+    progress = ProgressLines("training", "steps", config.trainer.max_steps)
+
+    class Progress(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            progress.advance(1)
+
     datasets = {task: Dataset.from_dict(columns) for task, columns in pairs_of(config, data).items()}
-    SentenceTransformerTrainer(model=model, args=settings, train_dataset=datasets, loss=loss).train()
+    arguments = {"model": model, "args": settings, "train_dataset": datasets, "loss": loss}
+    SentenceTransformerTrainer(**arguments, callbacks=[Progress()]).train()
 
 
 if __name__ == "__main__":
