@@ -88,6 +88,8 @@ def _search_embeddings(options: FindOptions, queries: list[Document]) -> SearchR
 
 
 def _search_index(options: FindOptions, queries: list[Document]) -> SearchResult:
+    if not options.index.is_file():
+        raise UserError(f"index: {options.index} is not a file; expected the output of make index")
     metadata = read_metadata(options.index, {"m": int, "nprobe": int, "embeddings": str})
     index = read_index(options.index)
     ids = read_ids(options.index, index.ntotal)

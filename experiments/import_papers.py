@@ -104,9 +104,10 @@ def main(arguments: Sequence[str]) -> None:
 def _files(texts: Sequence[str]) -> list[Path]:
     """Return the files of papers. Each text is a path, which may have commas, or paths with commas between them."""
     sources = [source for text in texts for source in ([text] if os.path.exists(text) else text.split(","))]
+    paths = [expanded(source, "input") for source in sources if source]
     files: dict[Path, None] = {}
     with prefixed("input: "):
-        for path in (expanded(source, "papers") for source in sources if source):
+        for path in paths:
             files |= dict.fromkeys(new := files_of(path))
             warn_of_unread(path, new)
     return list(files)

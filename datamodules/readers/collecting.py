@@ -163,8 +163,8 @@ class Judgements:
         if self.unknown:
             distinct = list(dict.fromkeys(self.unknown))
             raise UserError(
-                f"{self.path}: {len(self.unknown)} lines have {len(distinct)} query ids that are not in "
-                f"{self.query_file}: {first_ids(distinct)}"
+                f"{self.path}: query ids that are not in {self.query_file} (lines: {len(self.unknown)}, different ids: "
+                f"{len(distinct)}): {first_ids(distinct)}"
             )
         return self.qrels
 

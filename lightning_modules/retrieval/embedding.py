@@ -246,6 +246,8 @@ class Matrix:
 
 def open_matrix(path: Path, task: str = "") -> Matrix:
     """Open a matrix: a .npy file, or a task's file in a folder. `task` may be left out if the folder has only one."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; expected vectors of papers")
     if not path.is_dir():
         return Matrix(path)
     tasks = sorted(file.name.removesuffix(".npy") for file in path.glob("*.npy"))

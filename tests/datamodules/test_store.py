@@ -239,7 +239,7 @@ def test_streaming_a_beir_folder_raises_the_errors_of_reading(streamed, tmp_path
             f"{query}\t{document}\t{int(grade) + 1}",
             f"split train: query '{query}' and document '{document}' have score",
         ),
-        (f"nobody\t{document}\t1", "1 lines have 1 query ids that are not in queries.jsonl: 'nobody'"),
+        (f"nobody\t{document}\t1", "query ids that are not in queries.jsonl .lines: 1, different ids: 1.: 'nobody'"),
         (f"{query}\t{document}", "line [0-9]+: expected query-id, corpus-id and score"),
         (f"{query}\t{document}\thigh", "line [0-9]+: the score must be an integer"),
     ):

@@ -111,7 +111,7 @@ def test_unknown_ids_are_counted_and_listed(folder):
     message = error_of(folder)
     assert "none of the judged documents is in the corpus: 'x0', 'x1', 'x2', 'x3', 'x4', ..." in message
     write(folder / "qrels" / "train.tsv", ["q9\td1\t1"])
-    assert "1 lines have 1 query ids that are not in queries.jsonl: 'q9'" in error_of(folder)
+    assert "query ids that are not in queries.jsonl (lines: 1, different ids: 1): 'q9'" in error_of(folder)
 
 
 def test_empty_split_raises_user_error(folder):

@@ -326,7 +326,7 @@ def test_beir_hub_reader_reads_tables(monkeypatch, qrels):
     assert reader.read() == Collection(documents, queries, {"test": {"1": {"4": 1}}, "dev": {"1": {"5": 0}}})
     judged["test"].append({"query-id": 2, "corpus-id": 4, "score": 1})
     name = qrels or "ours"
-    assert f"{name}/test: 1 lines have 1 query ids that are not in ours/queries: '2'" in error_of(reader)
+    assert f"{name}/test: query ids that are not in ours/queries (lines: 1, different ids: 1): '2'" in error_of(reader)
     del corpus[0]["_id"]
     assert "ours/corpus/corpus, line 1, entry 1: _id or id is missing" in error_of(reader)
 
@@ -396,7 +396,7 @@ def test_scidocs_labels_without_names(tmp_path):
     assert "label '3' is a number, not a name; give a file of names" in error_of(SciDocsReader(str(tmp_path), "mesh"))
     assert list(SciDocsReader(str(tmp_path), "mesh", unnamed=True).read().corpus) == ["3"]
     put(tmp_path / "mesh" / "train.csv", "pid,class_label", *(f"b{i},x" for i in range(7)))
-    assert "7 lines have 7 query ids that are not in paper_metadata_mag_mesh.json: 'b0'" in error_of(
+    assert "query ids that are not in paper_metadata_mag_mesh.json (lines: 7, different ids: 7): 'b0'" in error_of(
         SciDocsReader(str(tmp_path), "mesh")
     )
 

@@ -126,6 +126,9 @@ def test_another_model_or_damaged_files_raise(corpus, make_encoder):
     output = corpus / "papers.faiss"
     index([f"embeddings={corpus / 'vectors'}", f"output={output}"])
     matrix = corpus / "vectors" / "search.npy"
+    for key in ("index", "embeddings"):
+        with pytest.raises(UserError, match="nowhere(: no such file| is not a file)"):
+            find([f"{key}={corpus / 'nowhere'}", "query=a"])
     # The ids or scores of altered files were shown as results.
     for key, file in (("index", output), ("embeddings", matrix)):
         for path in (file, file.with_name(f"{file.name}.ids.txt")):
