@@ -45,7 +45,7 @@ _MODULES = {
     "TaskDataModule": "tasks",
     "UserError": "records",
 }
-if not TYPE_CHECKING:  # type checkers cannot evaluate it, and then know none of the names
+if not TYPE_CHECKING:  # type checkers cannot evaluate it, and would then not know any of the names
     __all__ = list(_MODULES)
 
 

@@ -36,7 +36,7 @@ DEFAULT_NUM_BATCHES = 1000  # without a trainer, or with a trainer that has no m
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
-    """How batches are made. Tasks may have options of their own."""
+    """Options for making batches. A task may have its own."""
 
     batch_size: int = option(32, "queries in a batch, on each rank", minimum=1)
     batch_tokens: int = option(0, "tokens in a batch, on each rank; 0 counts queries instead (batch_size)", minimum=0)
@@ -64,7 +64,7 @@ class BatchOptions:
         check_options(self)
 
     def override(self, **changes: Any) -> BatchOptions:
-        """Return a copy with other values. A new batch_size replaces batch_tokens."""
+        """Return a copy with some values changed. A new batch_size replaces batch_tokens."""
         if "batch_size" in changes:
             changes = {"batch_tokens": 0} | changes
         return dataclasses.replace(self, **changes)
@@ -98,13 +98,13 @@ class StoredVectors(Protocol):
 
 @dataclass(frozen=True)
 class CompanionSource:
-    """Which texts are encoded along with each batch of a task, for an additional loss.
+    """Source of the extra texts that an additional loss needs with each batch of a task.
 
     table: task whose document table has the texts.
     task: task whose prompt and expert encode them.
-    rows: function of the rows of a batch's queries (B,) and documents (m,), and of a random generator that is equal on
-        all ranks; returns the rows of the texts in the table, at least one, (n,). Rows may repeat. Not a
-        lambda, because it is pickled for worker processes.
+    rows: function that chooses the texts. Its arguments are the rows of the batch's queries, (B,), and documents, (m,),
+        and a random generator with the same state on all ranks. It returns one or more rows of the table, (n,), which
+        may repeat. It cannot be a lambda, because it is pickled for worker processes.
     detached: whether the loss needs no gradient of their vectors, which saves time and memory.
     """
 
@@ -127,7 +127,7 @@ class Collator:
     num_positives, num_hard_negatives: documents sampled for each query, if it has that many.
     example_at: positives and hard negatives of an example in each step.
     texts: documents of all rows, if batches contain their texts.
-    teacher_vectors: vectors of all rows, if batches contain those of a teacher.
+    teacher_vectors: a teacher's vectors of all rows, if batches contain them.
     companions: sources of the batches' companions, each with the token ids of its table.
     """
 
@@ -236,7 +236,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
     rounds: mined hard negatives.
     teacher_vectors: task -> vectors of a teacher, which its batches then contain.
     companions: sources of the companions of this task's batches.
-    prepared_by: mark of the module whose losses need these companions.
+    prepared_by: object that identifies the module whose losses need these companions.
     """
 
     options: BatchOptions
@@ -326,7 +326,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
         """Return everything that determines the batches, except the step. Checkpoints store it, so keep its keys."""
         signature = {
             "seed": self.options.seed,
-            # Over all ranks: another number of ranks may resume with the same global batches.
+            # The global size, so that a run can resume with the same batches on a different number of ranks.
             "batch_size": {task: size * world_size for task, size in schedule.batch_sizes.items()},
             "schedule": repr(schedule.phases),
             "examples": schedule.sizes,
@@ -342,7 +342,10 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
 
     @staticmethod
     def _shares(schedule: Schedule, task: str, sizes: Mapping[str, int]) -> Mapping[str, Any]:
-        """Return what determines the shares of a task's collections: by default, as in old checkpoints, their sizes."""
+        """Return the settings that determine the shares of a task's collections.
+
+        With the default settings, these are just the sizes, so old checkpoints still match.
+        """
         temperature, mixed = schedule.temperatures[task], task in schedule.mixed
         return {"sizes": sizes, "temperature": temperature, "mixed": mixed} if mixed or temperature != 1 else sizes
 
@@ -363,7 +366,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
         )
 
     def fingerprints(self) -> dict[str, dict[str, str]]:
-        """Return the fingerprints of each task's collections, in the order of their rows, and of its "examples"."""
+        """Return each task's fingerprints: one per collection, in row order, and one of its "examples"."""
         return {
             task.task.name: {name: collection.fingerprint() for name, collection in task.collections.items()}
             | {"examples": task.examples_fingerprint()}
@@ -371,8 +374,8 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
         }
 
     def texts_of_rows(self) -> dict[str, list[tuple[Sequence[Document], bool]]]:
-        """Return the texts of each task's document table, in parts, and whether each part is a corpus."""
-        parts = {task.task.name: task.documents.sequences for task in self.tasks}  # corpus and queries in turns
+        """Return the texts of each task's document table as a list of parts, each with whether it is a corpus."""
+        parts = {task.task.name: task.documents.sequences for task in self.tasks}  # corpora and queries alternate
         return {task: [(texts, i % 2 == 0) for i, texts in enumerate(each)] for task, each in parts.items()}
 
     def texts(self) -> Iterator[Document]:
@@ -389,7 +392,7 @@ class MultiTaskDataModule(ContrastiveDataModule):
 
         MultiTaskDataModule([ClassificationDataModule(...), SearchDataModule(...)], batch_size=16)
 
-    options: options of all batches, which may also be given as keywords. Tasks without options of their own use them.
+    options: options of all batches, which may also be given as keywords. They apply to tasks without their own options.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The citation graph of a link-prediction task, and random walks on it.
 
-Its links are the training links, or those of a file. Links of other splits are never part of it, because a position or
-a walk would show them to the encoder. Directions are ignored: a walk moves to any neighbour with the same probability.
+Its links are the training links, or are read from a file. Links of other splits are left out, because a position or a
+walk would show them to the encoder. Directions are ignored: a walk moves to any neighbour with the same probability.
 
     P = D^-1 A      probability of a step from one paper to another; D has the degrees, A the links
 
@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 class CitationGraph:
     """An undirected graph whose nodes are rows of a document table.
 
-    pairs: rows of the two papers of each link, (e, 2). Order, repetitions and links of a paper to itself do not count.
+    pairs: rows of the two papers of each link, (e, 2). Order, repetitions and self-links are ignored.
     num_rows: number of rows of the table, n.
-    node_of: node of each row, (n,); by default the row itself. A query whose text differs from that of its paper has a
-        row of its own, and the paper's node.
+    node_of: node of each row, (n,); by default the row itself. A query whose text differs from its paper's text has its
+        own row, but the paper's node.
     """
 
     def __init__(self, pairs: np.ndarray, num_rows: int, node_of: np.ndarray | None = None):
@@ -61,9 +61,9 @@ class CitationGraph:
         return self.neighbours[self.starts[node] : self.starts[node + 1]]
 
     def visits(self, row: int, steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return where a walk from a row is after 1, ..., `steps` steps: rows in ascending order, and probabilities.
+        """Return the rows that a walk from a row can reach after each of 1, ..., `steps` steps, with probabilities.
 
-        Returns to the start are included. The lists are empty for a paper without links.
+        Rows are in ascending order. Returns to the start are included. A paper without links has empty lists.
         """
         rows: np.ndarray = np.array([self.node_of[row]])
         probabilities: np.ndarray = np.ones(1)
@@ -79,7 +79,7 @@ class CitationGraph:
         return visited
 
     def walks(self, row: int, steps: int, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Return where random walks from a row are after 1, ..., `steps` steps, (steps, count).
+        """Sample `count` random walks from a row, and return their rows after each step, (steps, count).
 
         The paper must have a link.
         """
@@ -108,9 +108,9 @@ class CitationGraph:
         return reached[self.node_of]
 
     def most_reached(self, count: int, steps: int) -> np.ndarray:
-        """Return the `count` nodes that walks of 1 to `steps` steps, one from each paper, visit most, best first.
+        """Return the `count` most visited nodes, most visited first, if a walk of `steps` steps starts at each paper.
 
-        Papers without links are never returned. Of equals, the first row comes first.
+        Papers without links are never returned. Ties go to the lower row.
         """
         at: np.ndarray = (self.degrees > 0).astype(np.float64)
         total = np.zeros(self.num_rows)
@@ -118,7 +118,7 @@ class CitationGraph:
             leaving = at / np.maximum(self.degrees, 1)
             at = np.bincount(self.neighbours, weights=leaving[self.sources], minlength=self.num_rows)
             total += at
-        # Rounded, because sums in another order differ in their last bits.
+        # Rounded, because the order of a sum changes its last bits.
         order = np.argsort(-np.round(total, 9), kind="stable")[:count]
         return order[self.degrees[order] > 0]
 
@@ -126,8 +126,10 @@ class CitationGraph:
 def positions(graph: CitationGraph, count: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the rows of papers with links, (r,), and their positions, (r, count) float32 (ULTRA-DP, arXiv 2310.14845).
 
-    A position is the reachability of the `count` papers that walks visit most, divided by its standard deviation over
-    them. If fewer papers have links, the last columns are 0. steps: largest number of steps of a walk.
+    The anchors are the `count` most visited papers. A position is the reachability of each anchor, divided by its
+    standard deviation over the anchors. If fewer papers have links, the last columns are 0.
+
+    steps: maximum number of steps of a walk.
     """
     anchors = graph.most_reached(count, steps)
     rows = np.flatnonzero(graph.degrees[graph.node_of])
@@ -138,12 +140,12 @@ def positions(graph: CitationGraph, count: int, steps: int) -> tuple[np.ndarray,
 
 
 def graph_of(task: TaskDataModule, file: str | Path | None = None) -> CitationGraph:
-    """Return the citation graph of a link-prediction task, whose data are set up.
+    """Return the citation graph of a link-prediction task. Its data must be set up.
 
-    file: pairs of ids, one per line, with a space or tab between; by default the training links are used. Links that
-        only other splits have are left out.
+    file: pairs of ids, one per line, separated by a space or tab; by default, the training links are used. Links that
+        are only in the dev or test split are left out.
 
-    Raises UserError if the task is of another kind, or if the file names a paper that the corpus lacks.
+    Raises UserError for any other kind of task, or if the file names a paper that is not in the corpus.
     """
     name = task.task.name
     if not task.queries_are_documents:
@@ -167,7 +169,7 @@ def graph_of(task: TaskDataModule, file: str | Path | None = None) -> CitationGr
 
 
 def _pairs_of_file(task: TaskDataModule, path: Path) -> np.ndarray:
-    """Return the rows of the pairs in a file, (e, 2), without those that only other splits have."""
+    """Return the rows of the pairs in a file, (e, 2), without links that are only in the dev or test split."""
     rows_by_id = [{id: row for row, id in enumerate(part.collection.corpus, part.first_row)} for part in task.parts]
     held_out = _held_out(task)
     pairs: list[tuple[int, int]] = []
@@ -186,8 +188,8 @@ def _pairs_of_file(task: TaskDataModule, path: Path) -> np.ndarray:
     if missing:
         id, line = next(iter(missing.items()))
         raise UserError(
-            f"{line}: the graph names a paper {id!r} that is not in the corpus of task {task.task.name} "
-            f"({len(missing)} such papers); expected ids of the corpus; add the papers, or remove their lines"
+            f"{line}: paper {id!r} is not in the corpus of task {task.task.name} ({len(missing)} papers are missing in "
+            "total); add them to the corpus, or remove their lines"
         )
     if num_held_out:
         log.warning("%s: left out %d links of the dev or test split", path, num_held_out)
@@ -200,7 +202,7 @@ def _id_pairs(path: Path) -> Iterator[tuple[Row, str, str]]:
     for row in read_lines(path, BadLines()):
         ids = [id.strip() for id in (row.text.split("\t") if "\t" in row.text else row.text.split())]
         if len(ids) != 2 or not all(ids):
-            raise UserError(f"{row}: expected two ids with a space or tab between, got {short(row.text)}")
+            raise UserError(f"{row}: expected two ids separated by a space or tab, got {short(row.text)}")
         yield row, ids[0], ids[1]
 
 

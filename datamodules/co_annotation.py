@@ -1,11 +1,11 @@
 """Match the papers of two tasks, and look up a paper's annotations in the other task.
 
-title   equal words in the title, ignoring case, accents and punctuation. Papers without a title, or with one of fewer
-        than MIN_TITLE words, need equal words in the text as well.
+title   equal words in the title, ignoring case, accents and punctuation. If the title has fewer than MIN_TITLE words,
+        or there is none, the words of the text must be equal as well.
 text    equal words in title and text
 id      equal ids, for collections that share a numbering of papers
 
-Only train splits count. Labels and the queries of search are not papers, so they match nothing.
+Only train splits count. Labels and search queries are not papers, so they never match.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _key(document: Document, match: str) -> int:
 def train_positives(task: TaskDataModule, collection: str = "") -> tuple[np.ndarray, Ragged]:
     """Return the row of each training query, (n,), and the rows of its positives, n lists.
 
-    collection: name of the collection whose queries are returned; by default those of all.
+    collection: name of the collection whose queries are returned; by default, all collections.
     """
     queries, lists = [], []
     for name, _, table, offset in task.parts:
@@ -64,11 +64,11 @@ def train_positives(task: TaskDataModule, collection: str = "") -> tuple[np.ndar
 def known_annotations(
     papers: TaskDataModule, task: TaskDataModule, match: str = "title", collection: str = ""
 ) -> Ragged:
-    """Return the training positives that each paper of one task has in another, such as its labels.
+    """Return the training positives that each paper of one task has in another task, such as its labels.
 
     papers: task whose document table has the papers; the result has a list for each of its rows.
-    task: task that annotates papers. The lists have rows of its document table, sorted and without repetitions. A
-        search annotates a paper with the queries that it answers.
+    task: task that annotates papers. The lists contain distinct rows of its document table, in ascending order. A
+        search task annotates a paper with the queries that it answers.
     match: how papers are compared, one of MATCHES.
     collection: collection of `task` that annotates; by default all of them.
     """

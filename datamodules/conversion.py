@@ -22,8 +22,8 @@ from datamodules.store import BATCH_ROWS, FIELDS, StoredCollection, StoredDocume
 
 log = logging.getLogger(__name__)
 
-VERSION = 5  # version of the store's layout; collections with another version are converted again
-PATHS = ("folder", "source", "judgements", "train", "dev", "test")  # arguments of readers that may be relative
+VERSION = 5  # version of the store's layout; collections in any other version are converted again
+PATHS = ("folder", "source", "judgements", "train", "dev", "test")  # arguments of readers that can be relative paths
 
 
 @runtime_checkable
@@ -31,7 +31,7 @@ class FileReader(Protocol):
     """A reader of files. The same arguments and files always give the same collection, so it can be stored."""
 
     def sources(self) -> list[Path]:
-        """Return the files to read, or an empty list if they are not known (data on the Hugging Face hub)."""
+        """Return the files to read, or an empty list if they are unknown, as for data on the Hugging Face hub."""
         ...
 
     def read(self) -> Collection: ...
@@ -90,7 +90,7 @@ def _convert(reader: FileReader, folder: Path, description: str) -> None:
 
 @contextmanager
 def _recorded_warnings() -> Iterator[list[str]]:
-    """Record warnings during reading, such as skipped lines, to repeat them whenever the conversion is used."""
+    """Record the warnings of a reader, such as skipped lines, to log them again whenever the conversion is used."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
@@ -156,7 +156,7 @@ def _equal_texts(one: Document, other: Document) -> bool:
 
 
 def _first_of_same_text(hashes: array, texts: StoredDocuments) -> np.ndarray:
-    """Do the same as examples.first_of_same_text, but keep only hashes of the texts in memory."""
+    """Return the same as examples.first_of_same_text, but keep only hashes of the texts in memory."""
     _, firsts, group = np.unique(np.frombuffer(hashes, dtype=np.int64), return_index=True, return_inverse=True)
     first = firsts[group].astype(np.int32)
     for row in np.flatnonzero(first != np.arange(len(first))).tolist():
@@ -166,11 +166,11 @@ def _first_of_same_text(hashes: array, texts: StoredDocuments) -> np.ndarray:
 
 
 class _Writer:
-    """A sink that writes documents to Arrow files as they come, and collects judgements in arrays of rows.
+    """A sink that writes documents to Arrow files as they arrive, and collects judgements in arrays of rows.
 
     documents, queries: row of each id.
     missing: negative row of each judged document that is not in the corpus: -1, -2, ...
-    blank: rows of documents without title and text, and then of such queries, counted after the documents.
+    blank: rows of documents and queries with neither title nor text. Rows of queries follow those of the documents.
     hashes: hash of each document's text, valid in this process only.
     """
 
@@ -223,7 +223,7 @@ class _Writer:
     def distinct(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the queries, documents and grades of a split's judgements, (j,) each, without repeated pairs.
 
-        Raises UserError if a pair is repeated with another grade, unless keep_first.
+        Raises UserError if a pair has two different grades, unless keep_first.
         """
         queries, documents, grades = (np.frombuffer(values, dtype=np.int32) for values in self.judgements[split])
         pairs = queries.astype(np.int64) << 32 | documents.view(np.uint32)  # rows may be negative
@@ -231,7 +231,7 @@ class _Writer:
         repeated = np.flatnonzero(pairs[order][1:] == pairs[order][:-1])
         differ = repeated[grades[order[repeated]] != grades[order[repeated + 1]]]
         if len(differ) and self.keep_first:
-            log.warning("split %s: %d pairs are judged again with another score; the first is kept", split, len(differ))
+            log.warning("split %s: %d pairs have a second, different score; the first is kept", split, len(differ))
         elif len(differ):
             first, second = order[differ[0]], order[differ[0] + 1]
             query, document = (
@@ -239,8 +239,8 @@ class _Writer:
                 for rows, wanted in ((self.queries, queries[first]), (self.documents | self.missing, documents[first]))
             )
             raise UserError(
-                f"split {split}: query {query!r} and document {document!r} have score {grades[second]} and "
-                f"{grades[first]}; keep one of them ({len(differ)} such pairs)"
+                f"split {split}: query {query!r} and document {document!r} have the scores {grades[second]} "
+                f"and {grades[first]}; keep one of them ({len(differ)} such pairs)"
             )
         kept = np.ones(len(pairs), dtype=bool)
         kept[order[repeated + 1]] = False
@@ -261,7 +261,7 @@ class _ArrowFile:
         self._columns: tuple[list[str], ...] = ([], [], [])
 
     def add(self, document: Document) -> None:
-        self._progress = self._progress or ProgressLines("converting", self._kind)  # when the first one comes
+        self._progress = self._progress or ProgressLines("converting", self._kind)  # starts with the first document
         for column, value in zip(self._columns, (document.id, document.title, document.text), strict=True):
             column.append(value)
         if len(self._columns[0]) == BATCH_ROWS:

@@ -53,7 +53,8 @@ class ExampleTable(Sequence[Example]):
         Queries without a positive are dropped. If a pair is repeated, its highest grade counts.
 
         queries, documents, grades: query number, document row, and grade of each judgement, (j,).
-        rows, document_of_query: row of each query, by query number, and its row as a document, or -1.
+        rows: row of each query, by query number.
+        document_of_query: row of each query as a document, by query number; -1 for queries that are not documents.
         """
         best = _highest_grades(queries, documents, grades)
         queries, documents, grades = queries[best], documents[best], grades[best]
@@ -105,8 +106,10 @@ class ExampleTable(Sequence[Example]):
     def costs(self, lengths: np.ndarray, num_positives: int, num_hard_negatives: int) -> np.ndarray:
         """Return the expected number of tokens of each example, (n,) int64.
 
-        A query has up to num_positives positives and num_hard_negatives hard negatives, each of the mean length of its
-        kind. lengths: number of tokens of each row.
+        It counts up to num_positives positives and num_hard_negatives hard negatives, each with the mean length of its
+        kind in the example.
+
+        lengths: number of tokens of each row.
         """
         if not len(self):
             return np.zeros(0, dtype=np.int64)
@@ -119,7 +122,7 @@ class ExampleTable(Sequence[Example]):
         return np.ceil(tokens).astype(np.int64)
 
     def without(self, queries: np.ndarray, documents: np.ndarray) -> ExampleTable:
-        """Return the table without these query and document rows. Examples left without a positive are dropped."""
+        """Return the table without some query and document rows. Examples left without a positive are dropped."""
         example = self._example_of_judgement()
         return self._keep(~np.isin(self.queries, queries)[example] & ~np.isin(self.documents, documents))
 
@@ -147,7 +150,7 @@ class ExampleTable(Sequence[Example]):
 
 
 def whole_grade(split: str, query: str, document: str, grade: float) -> int:
-    """Return a grade as an integer. Raises UserError for a fraction, which only a probe can use."""
+    """Return a grade as an integer. Raises UserError for fractions: only probes can use them."""
     if not isinstance(grade, int) and grade != int(grade):
         raise UserError(
             f"split {split}: query {query!r} and document {document!r}: grades must be whole numbers, got {grade}; a "
@@ -157,7 +160,7 @@ def whole_grade(split: str, query: str, document: str, grade: float) -> int:
 
 
 def _highest_grades(queries: np.ndarray, documents: np.ndarray, grades: np.ndarray) -> np.ndarray:
-    """Return the sorted indices of the judgement with the highest grade for each pair."""
+    """Return the index of the judgement with the highest grade for each pair, in ascending order."""
     pairs = queries.astype(np.int64) << 32 | documents
     order = np.lexsort((-grades, pairs))
     first = np.ones(len(order), dtype=bool)
@@ -207,7 +210,7 @@ class Joined(Sequence[Item]):
         return self._parts[number][inside]
 
     def part_of(self, rows: np.ndarray) -> tuple[Sequence[Item] | None, np.ndarray]:
-        """Return the sequence that has all the rows, and their positions in it; None if no sequence has them all."""
+        """Return the sequence that has all the rows (None if no single one does), and their positions in it."""
         if len(rows):
             number, _ = self._locate(int(rows.min()))
             start = self._ends[number - 1] if number else 0
@@ -270,9 +273,10 @@ class JoinedExamples(Joined[Example]):
 def rows_of_queries(
     numbers: np.ndarray, num_documents: int, same_id: np.ndarray, same_text: np.ndarray, queries_are_documents: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return two rows for each query, (n,) int32 each: that of its text, and that of its document, -1 if it has none.
+    """Return two rows for each query, (n,) int32 each: the row of its text, and the row of its document or -1.
 
-    A query that is a document with the same text has that document's row. Other queries come after the documents.
+    A query's document is the one with its id, if queries are documents. If both have the same text, the two rows are
+    equal. Otherwise, the query's text has a row after the documents.
 
     numbers: index of each query in the collection.
     same_id: for each query, the document with its id (the first copy of it, if there are several), or -1.
@@ -286,7 +290,7 @@ def rows_of_queries(
 
 
 def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list[Sequence[Document]], ExampleTable]:
-    """Return a collection's documents (corpus, then queries), and the examples of its train split over their rows.
+    """Return a collection's documents (corpus, then queries), and its training examples as rows of these documents.
 
     In training, documents with the same text count as one, so that no copy of a positive is a negative. Judgements of
     documents outside the corpus are left out.
@@ -303,7 +307,7 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
     for query, grades in collection.qrels.get("train", {}).items():
         for document, grade in grades.items():
             if query not in queries:
-                raise UserError(f"split train: the judgements name a query {query!r} that is not in the collection")
+                raise UserError(f"split train: the judgements contain a query {query!r} that is not in the collection")
             if document in corpus:
                 judgements.append((queries[query], corpus[document], whole_grade("train", query, document, grade)))
     example, judged, values = np.array(judgements, dtype=np.int64).reshape(-1, 3).T

@@ -51,10 +51,12 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def open_new(path: Path, keep: bool = False, buffering: int = -1) -> BinaryIO:
-    """Open a file for writing, without writing to any other file that its name may lead to.
+    """Open a file for writing, but never write through a link or a pipe.
 
-    In a folder that others can write to, somebody may have put a link or a pipe there. It is deleted, not followed.
-    keep: append to the file if it is a regular one. Otherwise start with an empty file. buffering: as in open().
+    In a shared folder, another user may have put one there. It is deleted, not followed.
+
+    keep: whether to append to an existing regular file. Otherwise, start with an empty file.
+    buffering: as in open().
     """
     with contextlib.suppress(FileNotFoundError):
         status = path.lstat()
@@ -70,7 +72,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     path: new folder, or an existing one to replace. Its parent is created if needed.
     """
-    path = path.resolve()  # a link stays, and its target is replaced
+    path = path.resolve()  # if it is a link, replace its target and keep the link
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path)
     partial, lock = _locked_folder(path)
@@ -95,7 +97,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _locked_folder(path: Path) -> tuple[Path, int]:
-    """Create a temporary folder for path, and lock it. Another process may remove it before it is locked."""
+    """Create a temporary folder for path, and lock it. If another process removes it in between, try again."""
     while True:
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
         with contextlib.suppress(FileNotFoundError):
@@ -108,9 +110,9 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary folders that killed processes left of a folder. A live process has a lock on its own.
+    """Remove the temporary folders that killed processes left behind. Live processes have theirs locked.
 
-    A folder that was about to be replaced (.old) is removed only if there is a new one.
+    The previous version of a folder (.old) is removed only if the new version is in place.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}-????????{PARTIAL}*"):
         if leftover.suffix == ".old" and not path.exists():
@@ -136,7 +138,7 @@ def write_json(path: Path, content: Any, **options: Any) -> None:
 
 
 def append_lines(path: Path, text: str) -> None:
-    """Append whole lines to a file, after ending a line that a kill has cut off. On OSError, append nothing."""
+    """Append whole lines to a file. If a kill has cut off the last line, end it first. On OSError, append nothing."""
     content = text.encode()
     with open(path, "ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
@@ -154,23 +156,24 @@ def append_lines(path: Path, text: str) -> None:
 def expanded(path: str | Path, key: str, advice: str = "") -> Path:
     """Return a path with ~ replaced by the home folder.
 
-    key: setting that the path comes from. advice: another way than to name a folder, for the error.
+    key: setting that the path comes from, for the error.
+    advice: alternative to naming a folder, for the error.
     Raises UserError if the user has no home folder.
     """
     try:
         return Path(path).expanduser()
-    except RuntimeError as error:  # no HOME, and no entry in /etc/passwd, as in containers with any user id
+    except RuntimeError as error:  # no HOME, and no entry in /etc/passwd, as in containers with an arbitrary uid
         advice = f"name a folder{advice}"
-        raise UserError(f"{key}: {path} needs a home folder, and this user has none; {advice}") from error
+        raise UserError(f"{key}: {path} needs a home folder, but this user has none; {advice}") from error
 
 
 RECREATED = "Delete it, and it will be created again."
 
 
 def regular(path: Path, longest: int | None = None) -> Path:
-    """Return the path of a file. Raises OSError for a pipe or a device, which might never end, and for larger files.
+    """Return the path of a regular file. Raises OSError for a pipe or device, which might never end.
 
-    longest: maximum number of bytes.
+    longest: maximum number of bytes; larger files raise OSError.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -185,7 +188,7 @@ ARRAY_ERRORS = (EOFError, SyntaxError, TypeError, OverflowError, MemoryError, Re
 
 
 def file_state(path: Path) -> str:
-    """Return a text that changes when a file is moved, replaced or written again."""
+    """Return a string that changes when a file is moved, replaced or written again."""
     status = path.stat()
     return repr((str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
 
@@ -209,9 +212,9 @@ def read_regular(path: Path, longest: int | None = None) -> str:
 def read_json(path: Path, expected: type | Mapping[str, type] = dict, hint: str = RECREATED) -> Any:
     """Return the content of a JSON file.
 
-    expected: type of the content, or for an object the types of its required keys.
-    hint: what to do about a damaged file.
-    Raises UserError if the file is missing, damaged, or of another type.
+    expected: type of the content, or the types of an object's required keys.
+    hint: advice on a damaged file, for the error.
+    Raises UserError if the file is missing or damaged, or its content is not of the expected type.
     """
     hint = f" {hint}" if hint else ""
     try:

@@ -3,7 +3,7 @@
 A store has the negatives of one mining run, for one or more tasks:
 
     FOLDER/TASK.{starts,documents,ranks,scores}.npy    records.MinedNegatives
-    FOLDER/TASK.labels.npy                             decision of the judge on each; missing without a judge
+    FOLDER/TASK.labels.npy                             the judge's decision on each negative, if there is a judge
     FOLDER/meta.json                                   see write_store
 
 A round is a store and the first batch that draws from it. Rounds start at batches that are known in advance, so all
@@ -37,9 +37,9 @@ ExampleAt = Callable[[int, Example, int], Example]
 def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[str, Any]) -> HardNegativeStore:
     """Write mined hard negatives, completely or not at all. Replace an existing store, even a damaged one.
 
-    meta: how the negatives were mined: "miner" (class and arguments), "model" (fingerprint, or None), "data"
-        (fingerprint of each task's collections), "step", "k" and any other entries. The layout's version, the counts of
-        examples, negatives and filtered candidates, and a hash of all arrays are added.
+    meta: description of the mining: "miner" (class and arguments), "model" (fingerprint, or None), "data"
+        (fingerprints of each task's collections), "step", "k" and any other entries. This function adds the version of
+        the layout, a hash of all arrays, and the counts of examples, negatives and filtered candidates.
 
     Raises UserError if path exists and is not a store.
     """
@@ -62,11 +62,11 @@ def _arrays(negatives: MinedNegatives) -> list[tuple[str, np.ndarray]]:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise UserError if path exists and is not a folder that is empty or contains only the files of a store."""
+    """Raise UserError if path exists, unless it is an empty folder or contains only the files of a store."""
     files = re.compile(rf"meta\.json|\.?report\.json|report\.svg|.+\.({'|'.join(ARRAYS)})\.npy")
     is_store = path.is_dir() and all(files.fullmatch(file.name) for file in path.iterdir())
     if path.is_symlink() or (path.exists() and not is_store):
-        raise UserError(f"{path}: is not a store of hard negatives, so it is not replaced; name another folder")
+        raise UserError(f"{path}: is not a store of hard negatives and will not be replaced; name another folder")
 
 
 def hash_arrays(mined: Mapping[str, MinedNegatives]) -> str:
@@ -123,9 +123,9 @@ class HardNegativeStore:
         HardNegativeStore.__init__(self, path, verify=False)  # verified before the worker started
 
     def negatives_of(self, task: str, example: int, label: int = KEEP) -> list[int]:
-        """Return the rows of an example's hard negatives, best first. A task that was not mined has none.
+        """Return the rows of an example's hard negatives, best first; [] if the task was not mined.
 
-        label: decision of the judge; DROP or POSITIVE return the rows that are not negatives.
+        label: decision of the judge. DROP and POSITIVE return the documents that it dropped or turned into positives.
         """
         if task not in self.tasks:
             return []
@@ -136,9 +136,9 @@ class HardNegativeStore:
         return mined.documents[rows][mined.labels[rows] == label].tolist()
 
     def check(self, data: Mapping[str, Mapping[str, str]]) -> None:
-        """Raise UserError unless the negatives were mined from this data. The store may have more tasks.
+        """Raise UserError unless the negatives were mined from this data. Tasks that are only in the store are ignored.
 
-        data: fingerprint of each collection of each task, in order.
+        data: fingerprints of each task's collections, in order.
         """
         common = [task for task in self.tasks if task in data]
         if not common:
@@ -151,7 +151,7 @@ class HardNegativeStore:
             if mined != current:
                 then, now = (", ".join(f"{name} {mark}" for name, mark in m) or "none" for m in (mined, current))
                 raise UserError(
-                    f"{self.path}: the hard negatives of {task} were mined from other data "
+                    f"{self.path}: the hard negatives of {task} were mined from different data "
                     f"(fingerprints then: {then}; now: {now}); mine again"
                 )
 
@@ -177,7 +177,7 @@ class Rounds:
     folder: folder for stores mined during training.
     source: "mined" uses an example's mined negatives, or its negatives in the data if none were mined; "data" uses
         only the negatives in the data; "both" uses all.
-    data: fingerprints of the training data. A store mined from other data is rejected.
+    data: fingerprints of the training data. A store mined from different data is rejected.
     """
 
     def __init__(self, folder: Path, source: str = "mined", data: Mapping[str, Mapping[str, str]] | None = None):
@@ -207,7 +207,7 @@ class Rounds:
     def begin(self, batch: int, store: str) -> None:
         """Use a store from a batch onwards. store: its name in the folder, or its path.
 
-        Raises UserError if the store is missing, damaged or mined from other data.
+        Raises UserError if the store is missing, damaged or mined from different data.
         """
         negatives = HardNegativeStore(self.folder / store)  # an absolute path replaces the folder
         negatives.check(self.data)
@@ -228,7 +228,7 @@ class Rounds:
         return all(store.meta.get(key) == value for key, value in json.loads(json.dumps(meta)).items())
 
     def at(self, batch: int) -> HardNegativeStore | None:
-        """Return the store that a batch draws from, or None."""
+        """Return the store that a batch draws from, or None if it draws from no store."""
         current = max((r for r in self._rounds if r.batch <= batch), key=lambda r: r.batch, default=None)
         return None if current is None else self._open(current)
 
@@ -253,7 +253,7 @@ class Rounds:
         return self._stores[current.batch]
 
     def examples_for(self, task: str) -> ExampleAt:
-        """Return the function that gives the examples of a task in each step."""
+        """Return the function (see ExampleAt) that gives a task's examples the hard negatives of each step."""
         return functools.partial(self._example, task)
 
     def _example(self, task: str, index: int, example: Example, step: int) -> Example:
@@ -277,7 +277,7 @@ class Rounds:
     def load(self, state: Sequence[Mapping[str, Any]], position: int) -> None:
         """Restore the rounds of a checkpoint. position: number of batches before the checkpoint.
 
-        Raises UserError if the store for this position is missing, damaged or a different one.
+        Raises UserError if the store for this position is missing or damaged, or is a different one.
         """
         initial = next((r for r in self._rounds if r.batch == 0), None)  # mined in advance; its folder may have moved
         rounds = [Round(**r) for r in state]
@@ -285,7 +285,7 @@ class Rounds:
             if not rounds or rounds[0].batch != 0 or rounds[0].hash != initial.hash:
                 expected = f"hash {rounds[0].hash}, model {rounds[0].model}" if rounds else "none"
                 raise UserError(
-                    f"{initial.store}: the checkpoint was trained with other hard negatives (expected {expected}; "
+                    f"{initial.store}: the checkpoint was trained with different hard negatives (expected {expected}; "
                     f"found hash {initial.hash}, model {initial.model})"
                 )
             rounds[0] = initial
@@ -294,5 +294,5 @@ class Rounds:
 
 
 def example_of_data(index: int, example: Example, step: int) -> Example:
-    """Return the example with the hard negatives of the data (ExampleAt)."""
+    """Return the example unchanged, with the hard negatives of the data (see ExampleAt)."""
     return example

@@ -2,8 +2,8 @@
 
 id      equal ids, for collections that share a numbering of documents
 title   equal words in the title, ignoring case, accents, punctuation and spaces
-text    a Jaccard similarity of at least 0.7 between the sets of three-word runs. Candidates come from MinHash with
-        bands (Broder, 1997) and are then compared exactly. Queries of fewer than eight words must be equal.
+text    a Jaccard similarity of at least 0.7 between the sets of three-word shingles. MinHash with bands (Broder, 1997)
+        proposes candidates, which are then compared exactly. Queries of fewer than eight words must be equal.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WAYS = ("id", "title", "text")
 RUN = 3  # words in a shingle
 # Probability that texts share a band of 5 hashes: 0.97 at similarity 0.7, 0.05 at similarity 0.3.
 BANDS, BAND_SIZE = 20, 5
-THRESHOLD = 0.7  # similarity from which two texts count as the same
+THRESHOLD = 0.7  # two texts of at least this similarity count as the same
 MIN_WORDS = 8  # shorter texts have too few shingles
 MIN_TITLE = 3  # words; shorter titles, such as "Introduction", are not specific enough
 
@@ -33,7 +33,7 @@ _SUMMANDS = _rng.integers(0, 2**61, BANDS * BAND_SIZE, dtype=np.uint64)
 
 
 class Overlap(NamedTuple):
-    """A training document that is also evaluated on.
+    """A training document that is also an evaluation document.
 
     way: "id", "title" or "text".
     name: name of the evaluated set.
@@ -54,12 +54,12 @@ def normal(text: str) -> str:
 
 
 def _short_query(document: Document) -> str:
-    """Return the normalised text of a document without a title, for the comparison of short queries."""
+    """Return the normalised text of a document without a title, or "" if it has one, to compare short queries."""
     return "" if document.title else normal(document.text)
 
 
 def shingles(document: Document) -> np.ndarray:
-    """Return the sorted hashes of the distinct runs of RUN words in title and text, (n,) uint64; none if too short."""
+    """Return the sorted hashes of the distinct shingles in title and text, (n,) uint64; empty for short documents."""
     words = normal(f"{document.title} {document.text}").split()
     if len(words) < MIN_WORDS:
         return np.zeros(0, dtype=np.uint64)
@@ -71,7 +71,7 @@ def shingles(document: Document) -> np.ndarray:
 
 
 def signature(runs: np.ndarray) -> list[bytes]:
-    """Return the bands of a MinHash signature. Similar texts most likely have a band in common."""
+    """Return the bands of a MinHash signature. Similar texts are likely to share a band."""
     hashed = (runs[:, None] * _FACTORS + _SUMMANDS) >> np.uint64(20)
     bands = hashed.min(axis=0).reshape(BANDS, BAND_SIZE)
     return [bytes([i]) + band.tobytes() for i, band in enumerate(bands)]
@@ -112,7 +112,7 @@ class Index:
                 self._short[words].append(number)
 
     def overlaps(self, trained: Document) -> Iterator[Overlap]:
-        """Yield the evaluated documents that a training document equals, each at most once per way."""
+        """Yield the evaluated documents that match a training document, each at most once per way."""
         for way, numbers in (("id", self._ids.get(trained.id)), ("title", self._titles.get(normal(trained.title)))):
             for number in numbers or ():
                 yield Overlap(way, *self.documents[number], trained, 1.0)

@@ -20,16 +20,16 @@ MAX_WORKERS = 4  # per rank, unless the user asks for more
 def _ignore_signals(worker: int) -> None:
     """Let a worker ignore signals to its process group, so that the training process can finish its last step.
 
-    Workers end when the training process is done with them or dies.
+    Workers end when the training process shuts them down or dies.
     """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 def default_num_workers(on_gpu: bool, num_ranks: int) -> int:
-    """Return the number of worker processes of each rank: one for each core to spare, at most MAX_WORKERS.
+    """Return the number of worker processes of each rank: one for each spare core, at most MAX_WORKERS.
 
-    Without a GPU there are none, because they would take cores from the model.
+    Without a GPU, it is 0, because workers would take cores from the model.
 
     num_ranks: number of ranks that share the cores of this machine.
     """
@@ -45,13 +45,13 @@ class ResumableLoader:
     state in every checkpoint. (torchdata's StatefulDataLoader skips an epoch on resuming.) The state is one integer,
     the same on all ranks, and the rounds of hard negatives.
 
-    signature: everything but the step that determines the batches. A state with another signature is rejected.
-    rounds: mined hard negatives. Workers stop before the next batch at which a round may start. New workers, which see
-        the new round, continue from there.
-    pin_memory: whether batches are in memory that a GPU can read by itself.
+    signature: everything that determines the batches, except the step. A state with a different signature is rejected.
+    rounds: mined hard negatives. Workers stop before the next batch at which a round may start, and new workers, which
+        see the new round, take over.
+    pin_memory: whether batches are in pinned memory.
 
-    asked_at: time at which the last batch was asked for, in seconds of time.perf_counter.
-    waited: seconds spent waiting for batches, from asking for one to getting it, in total.
+    asked_at: time of the last request for a batch, in seconds of time.perf_counter.
+    waited: total seconds between requesting batches and getting them.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class ResumableLoader:
                 yield batch
 
     def _timed(self, loader: DataLoader) -> Iterator[ContrastiveBatch]:
-        """Yield the batches of a loader, and count the time until each one is there, with the start of workers."""
+        """Yield the batches of a loader, and add up the waiting time, including the start of the workers."""
         batches = None
         while True:
             self.asked_at = time.perf_counter()
@@ -119,8 +119,8 @@ class ResumableLoader:
         if not self.rounds and state.get("rounds"):
             last = state["rounds"][-1]["store"]
             raise UserError(
-                f"cannot resume: the checkpoint was trained with mined hard negatives ({last}), and this training has "
-                "none; use that store again"
+                f"cannot resume: the checkpoint was trained with mined hard negatives ({last}), but this training has "
+                "none; use the same store again"
             )
         if self.rounds:
             self.rounds.load(state.get("rounds", ()), self.position)

@@ -25,11 +25,11 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 def lock_file(path: Path, wait: bool = True) -> IO[str] | None:
     """Lock a file, and create it if necessary. Closing the returned file releases the lock.
 
-    wait: whether to wait if another process holds the lock. Otherwise return None.
+    wait: whether to wait if another process holds the lock. If not, return None.
 
     A lock belongs to the file itself (its inode), so it holds under every name of the file: through links, bind mounts
-    and other spellings. On a file system without locks, log a warning and return the file unlocked. Raises OSError if
-    the file cannot be written, and UserError if the path is a link or not a regular file.
+    and different spellings of its path. On a file system without locks, log a warning and return the file unlocked.
+    Raises OSError if the file cannot be written, and UserError if the path is a link or not a regular file.
     """
     while True:
         file = _open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, "a+")
@@ -67,11 +67,11 @@ def _open(path: Path, flags: int, mode: str) -> IO[str]:
         number = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe must not block
     except OSError as error:
         if path.is_symlink():
-            raise UserError(f"{path}: is a symbolic link, which a lock never follows; delete it") from error
+            raise UserError(f"{path}: is a symbolic link, but locks never follow links; delete it") from error
         raise
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise UserError(f"{path}: expected a regular file for the lock; delete what is there")
+        raise UserError(f"{path}: expected a regular file to lock; delete it")
     return os.fdopen(number, mode, encoding="utf-8")
 
 

@@ -33,7 +33,7 @@ def option(
     default: value if the user gives none. Lists and dictionaries are copied for each instance.
     help: one line for --help and for the reference of all keys.
     minimum, maximum: inclusive bounds. above, below: exclusive bounds.
-    choices: allowed values, or allowed items of a list. A Literal type needs none.
+    choices: allowed values, or allowed items of a list. A Literal type does not need them.
     key: name on the command line, by default the name of the field.
     positional: whether the value is the command's first argument instead of key=value, or, for a tuple, all arguments
         without =.
@@ -97,7 +97,7 @@ def _shortened(number: int) -> str:
 
 
 def literal_choices(hint: Any) -> tuple[Any, ...]:
-    """Return the values of a Literal, an optional Literal or a collection of Literals; () for other types."""
+    """Return the values of a Literal, an optional Literal or a collection of Literals; () for any other type."""
     if get_origin(hint) is Literal:
         return get_args(hint)
     if get_origin(hint) in (Union, types.UnionType, list, tuple):

@@ -22,11 +22,11 @@ class Tokens:
     """Token ids of b texts, end to end and without padding.
 
     input_ids    (T,) int64
-    offsets      (b + 1,) int32, where each text starts, and T
+    offsets      (b + 1,) int32, start of each text, and T
     lengths      number of tokens of each text
     keys         hash of each text (see token_hash)
 
-    The host knows lengths and keys, so that no computation waits for the device.
+    Lengths and keys are on the host, so that no computation waits for the device.
     """
 
     input_ids: Tensor
@@ -63,7 +63,7 @@ class Tokens:
 
     @cached_property
     def runs(self) -> list[tuple[int, int]]:
-        """Number and length of neighbouring texts of equal length."""
+        """Runs of neighbouring texts of equal length, as pairs: number of texts, and their length."""
         return [(len(list(run)), length) for length, run in itertools.groupby(self.lengths)]
 
     def positions(self) -> Tensor:
@@ -75,7 +75,7 @@ class Tokens:
         return values.repeat_interleave(self.offsets.diff(), dim=0, output_size=self.num_tokens)
 
     def select(self, texts: Sequence[int]) -> Tokens:
-        """Return some of the texts, in this order."""
+        """Return the texts at some indices, in the order of the indices."""
         starts = np.cumsum((0, *self.lengths))
         ranges = [np.arange(starts[text], starts[text + 1]) for text in texts]
         rows = torch.from_numpy(np.concatenate(ranges)).to(self.input_ids.device)
@@ -85,7 +85,7 @@ class Tokens:
     def fill(self, num_texts: int, num_tokens: int, longest: int) -> Tokens:
         """Append filler texts, one of them of `longest` tokens, so that all batches have the same shape.
 
-        num_texts, num_tokens: numbers of texts and tokens of the result, with room for fillers.
+        num_texts, num_tokens: numbers of texts and tokens of the result. They must leave room for fillers.
         """
         count, rest = num_texts - len(self), num_tokens - self.num_tokens
         assert longest + count - 1 <= rest <= count * longest, "no fillers fit"
@@ -104,19 +104,19 @@ class Tokens:
 
 
 def offsets_of(lengths: Sequence[int]) -> Tensor:
-    """Return where each of the texts of these lengths starts, and the end of the last one, (b + 1,) int32."""
+    """Return the start of each text, and the end of the last one, (b + 1,) int32."""
     return torch.from_numpy(np.cumsum((0, *lengths), dtype=np.int32))
 
 
 def token_hash(ids: np.ndarray) -> int:
-    """Return a hash of a text's token ids: equal, on every rank and machine, for texts with the same tokens."""
+    """Return a hash of a text's token ids. Texts with the same tokens have the same hash, on every rank and machine."""
     digest = hashlib.blake2b(np.asarray(ids, dtype="<u4").tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # 63 bits, because negative numbers are padding
 
 
 @dataclass(frozen=True)
 class Companion:
-    """Further texts that are encoded along with a batch, for an additional loss.
+    """Extra texts that are encoded along with a batch, for an additional loss.
 
     task     task whose prompt and expert encode them
     seed     seed of their dropout
@@ -157,9 +157,9 @@ class ContrastiveBatch:
     weight           weight of this rank's mean loss: its number of queries divided by the mean over all ranks
     text_keys        (U,)   hashes of token ids: equal for texts with the same tokens; None if unknown
     pairs            (R, 2) row and column of each of the R sampled positives; computed from positives if None
-    teacher_vectors  (U, G) stored vectors of a frozen model, if one is distilled
+    teacher_vectors  (U, G) stored vectors of a frozen model to distil, if any
     rows             (U,)   row of each text in the task's document table; None if unknown
-    companions       further texts to encode, for additional losses
+    companions       extra texts to encode, for additional losses
     """
 
     step: int
@@ -196,7 +196,7 @@ class ContrastiveBatch:
         return moved(self, lambda buffer: buffer.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> ContrastiveBatch:
-        """Return the batch in memory that a GPU can read by itself."""
+        """Return the batch in pinned memory, which a GPU reads without the CPU."""
         return moved(self, Tensor.pin_memory)
 
     def __getstate__(self) -> tuple[Tensor, dict[str, Any]]:

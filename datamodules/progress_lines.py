@@ -11,9 +11,9 @@ EVERY = 30  # seconds between two lines
 
 
 class ProgressLines:
-    """Log how far a step is, unless it ends within EVERY seconds.
+    """Log the progress of a step, unless it ends within EVERY seconds.
 
-    title: name of the step. unit: what is counted, in the plural. total: expected count, if known.
+    title: name of the step. unit: counted things, in the plural. total: expected count, if known.
     """
 
     def __init__(self, title: str, unit: str, total: int | None = None):

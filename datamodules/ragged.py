@@ -30,7 +30,7 @@ class Ragged(NamedTuple):
 
     @classmethod
     def empty(cls, num_lists: int) -> Ragged:
-        """Return that many empty lists."""
+        """Return a number of empty lists."""
         return cls(np.zeros(num_lists + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
 
     @property

@@ -19,7 +19,7 @@ from datamodules.ragged import Ragged
 
 
 class UserError(ValueError):
-    """An error that the user can fix, explained in the user's words. Entry points print it without a traceback."""
+    """An error that the user can fix, explained in the user's terms. Entry points print it without a traceback."""
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def prefixed(prefix: str) -> Iterator[None]:
 
 @contextmanager
 def explained(problem: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of some kinds, by default OSError, into a UserError: the problem, and the error in parentheses."""
+    """Turn errors of some kinds, by default OSError, into UserErrors: the problem, then the error in parentheses."""
     kinds = kinds or (OSError,)
     try:
         yield
@@ -42,7 +42,7 @@ def explained(problem: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe each key with another value than before: "key: X then, Y now"."""
+    """Describe each key whose value has changed: "key: X then, Y now"."""
     keys = [key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)]
     return [f"{key}: {then.get(key)} then, {now.get(key)} now" for key in keys]
 
@@ -61,21 +61,23 @@ LONGEST_VALUE = 60  # characters
 
 
 def short(value: object) -> str:
-    """Return a value as shown in errors, with at most LONGEST_VALUE characters."""
+    """Return the repr of a value for an error message, shortened to LONGEST_VALUE characters."""
     text = repr(value[: LONGEST_VALUE + 1] if isinstance(value, str) else value)
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
-LONGEST_NAME = 120  # bytes; a file's name has two names and an ending, and most file systems allow 255 bytes
-# A hidden file, a path, a space at an end, and the devices of Windows.
+LONGEST_NAME = 120  # bytes; a file is named after up to two of them, and most file systems allow 255 bytes
+# Hidden files, paths, leading and trailing spaces, and the device names of Windows.
 NO_NAME = re.compile(r"^\.|[/\\]|^\s|\s$|^$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 
 def check_name(what: str, name: object) -> None:
     """Raise UserError if files cannot be named after a task, expert, collection, split, benchmark or system.
 
-    Such names come from checkpoints, downloaded folders, data and the command line. With this check a file named after
-    them is always inside the folder that it is written to. what: kind of the name, for the error.
+    Such names come from checkpoints, downloaded folders, data and the command line. This check ensures that files named
+    after them stay inside their folder.
+
+    what: kind of the name, for the error.
     """
     is_name = isinstance(name, str) and name.isprintable() and not NO_NAME.search(name)
     if not is_name or len(str(name).encode()) > LONGEST_NAME:
@@ -116,7 +118,7 @@ class Document:
 
     @property
     def is_blank(self) -> bool:
-        """Whether it has neither title nor text. An evaluation never finds such a document."""
+        """Whether it has neither title nor text. Evaluations never retrieve such a document."""
         return not (self.title.strip() or self.text.strip())
 
 
@@ -158,8 +160,8 @@ class Collection:
     """A corpus with queries and relevance judgements, as a reader returns it.
 
     qrels: judgements of each split ("train", "dev", "test"). Grade 0 means "judged and not relevant"; in the train
-    split such a document is a hard negative. A judged document may be missing from the corpus, or have no text: an
-    evaluation never finds it, and training leaves it out.
+    split, such a document is a hard negative. A judged document may be missing from the corpus, or have no text: then
+    evaluations never retrieve it, and training leaves it out.
     """
 
     corpus: Mapping[str, Document]
@@ -178,8 +180,8 @@ class Collection:
     def fingerprint(self) -> str:
         """Return a hash of all texts and judgements.
 
-        Equal data in memory have equal fingerprints on every machine. In the cache (StoredCollection), they have
-        another one.
+        Equal data in memory have equal fingerprints on every machine. A StoredCollection with the same data has a
+        different fingerprint.
         """
         digest = hashlib.blake2b(digest_size=8)
         for documents in (self.corpus, self.queries):
@@ -210,10 +212,10 @@ class CollectionWriter(Protocol):
 
 
 class Sink(CollectionWriter, Protocol):
-    """Receiver of the documents and judgements of a streaming reader, which may ask for them.
+    """Receiver of the documents and judgements of a streaming reader, which can look up what it has added.
 
     documents, queries: ids received so far.
-    keep_first: whether the first of two conflicting grades of a pair counts; otherwise the second raises UserError.
+    keep_first: whether to keep the first of two conflicting grades of a pair; otherwise, the second raises UserError.
         A second document or query with the same id always raises UserError.
     """
 
@@ -250,11 +252,11 @@ class Probe:
     """A linear model on frozen vectors, fitted on training papers and applied to the queries.
 
     learns: "class" (one per paper), "labels" (any number per paper) or "number". Classes and labels are the documents
-        of the corpus. A number is the grade of the corpus's only document.
+        of the corpus. For numbers, the corpus has a single document, and its grade is the paper's number.
     loss: loss of a classifier. Regression always uses the absolute error.
     costs: values of the regularisation parameter C; three-fold cross-validation chooses one.
     samples: number of training papers (for "labels": per label) in few-shot learning; 0 uses all papers.
-    draws: number of random draws of the training papers in few-shot learning; results are means over them.
+    draws: number of random draws of the training papers in few-shot learning; results are means over draws.
     """
 
     learns: str = "class"
@@ -272,14 +274,14 @@ class Benchmark:
     protocol: id of all settings below. Scores with different ids are not comparable.
     metrics: metrics of this benchmark, the main metric first; if empty, the run's metrics.
     exclude_query: whether to leave the document with the query's id out of its ranking, for papers that are both
-        queries and corpus.
+        queries and documents.
     candidates: documents to rank for each query; None ranks the whole corpus.
     first: documents to rank before all others, for each query.
     similarity: "dot", "cosine" or "l2"; "" uses the similarity of the model.
     without_relevant: treatment of queries without a relevant document: "skip" leaves them out of the means, "zero"
-        scores them 0, "error" raises.
+        scores them 0, "error" raises UserError.
     training: training papers and their judgements. If given, a linear probe is fitted on them and applied to the
-        queries, and nothing is ranked.
+        queries, instead of ranking documents.
     probe: settings of the linear probe.
     """
 
@@ -303,7 +305,7 @@ class Benchmark:
         check_name("benchmark", self.name)
 
     def without_blank(self) -> Benchmark:
-        """Return the benchmark without documents that have no text. If relevant, they still count as not found."""
+        """Return the benchmark without blank documents. Relevant ones still count, as not retrieved."""
         if self.training is not None:  # classes, and papers that a reader checked
             return self
         corpus = {id: document for id, document in self.corpus.items() if not document.is_blank}
@@ -349,7 +351,7 @@ class MiningPool:
     held_out_positives: corpus rows that are relevant only in splits other than train. Use them in reports, never to
         choose negatives.
     judged_negatives: corpus rows with grade 0 in the train split.
-    excluded: corpus rows of documents left out of training.
+    excluded: corpus rows of documents that are left out of training.
     """
 
     task: str
@@ -365,7 +367,7 @@ class MiningPool:
     excluded: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
-# Decisions of a judge on a mined document. A dropped one is never a negative of the query.
+# Decisions of a judge on a mined document. Dropped documents are never negatives of the query.
 LABELS = ("keep", "drop", "positive")
 KEEP, DROP, POSITIVE = range(3)
 

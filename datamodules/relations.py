@@ -1,7 +1,7 @@
 """Relations between two label spaces: weights[a, b] is the probability that a paper with label a also has label b.
 
-A relation is estimated from papers with labels of both spaces, or given as a file. Its arrays are (a, b) float32, for a
-labels of the first space and b of the second.
+A relation is estimated from papers with labels of both spaces, or read from a file. It is an array (a, b) float32, for
+a labels in the first space and b in the second.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from datamodules.tasks import ClassificationDataModule, TaskDataModule
 
 log = logging.getLogger(__name__)
 
-MAX_PAIRS = 2**28  # pairs of labels of the largest relation: 1 GiB
+MAX_PAIRS = 2**28  # maximum number of label pairs: 1 GiB
 
 
 @dataclass(frozen=True)
 class LabelSpace:
     """The labels of one collection of a classification task.
 
-    name: name of the task and, if it has several, of the collection, for messages.
+    name: TASK, or TASK/COLLECTION if the task has several collections, for messages.
     rows: row of each label in the task's document table, (n,), ascending and without gaps.
-    labels: labels in that order.
+    labels: labels in the order of the rows.
     """
 
     name: str
@@ -62,7 +62,7 @@ class LabelSpace:
 def find_collection(data: ContrastiveDataModule, key: str, name: str) -> tuple[TaskDataModule, str]:
     """Return a task and the name of its collection, given as TASK or TASK/COLLECTION.
 
-    A task with several collections needs the second form. key: option that has the name, for errors.
+    A task with several collections needs the second form. key: option that the name comes from, for errors.
     """
     task_name, _, collection = name.partition("/")
     tasks = data.by_name
@@ -77,13 +77,14 @@ def find_collection(data: ContrastiveDataModule, key: str, name: str) -> tuple[T
 
 @dataclass(frozen=True)
 class PartialAnnotation:
-    """Papers of a source task, which are not all annotated with the labels of a target task.
+    """Papers of a source task, only some of which have labels of a target task.
 
-    source, target: label spaces. Link prediction and search have no labels of their own; then both are the target's.
-    known: labels of each row of the source's document table, as positions. In a classification, these are the labels of
-        its training queries; otherwise, the labels of the target that the papers have.
+    source, target: label spaces. If the source is link prediction or search, which have no labels, both are the
+        target's.
+    known: known labels of each row of the source's document table, as positions in the source label space.
     unlabelled: whether a row is a training query of the source without labels of the target, (rows,) bool.
-    pairs: labels of the n papers with labels of both; otherwise, labels of n documents and of their queries.
+    pairs: source labels and target labels of the n papers that have both. If the source has no labels, target labels of
+        n documents and of their queries.
     """
 
     source: LabelSpace
@@ -96,7 +97,7 @@ class PartialAnnotation:
     def of(
         cls, source: tuple[TaskDataModule, str], target: tuple[TaskDataModule, str], match: str
     ) -> PartialAnnotation:
-        """Compare two collections, each given with its task. match: how papers are compared, see co_annotation.py."""
+        """Match the papers of two collections, each given as (task, name). match: see co_annotation.py."""
         table, collection = source
         space = LabelSpace.of(*target)
         annotations = known_annotations(table, target[0], match, target[1]).minus(space.rows[0])
@@ -113,23 +114,23 @@ class PartialAnnotation:
 
 
 def _both(first: Ragged, second: Ragged) -> tuple[Ragged, Ragged]:
-    """Return the lists of which neither the first nor the second is empty."""
+    """Keep the positions at which both lists are non-empty."""
     kept = np.flatnonzero((first.counts > 0) & (second.counts > 0))
     return first.take(kept), second.take(kept)
 
 
 def relation_of(papers: PartialAnnotation, relation: str, smoothing: float = 1.0) -> np.ndarray:
-    """Return the relation from the labels of the source to those of the target, (a, b).
+    """Return the relation from source labels to target labels, (a, b).
 
-    relation: "estimated", "same" for labels of the same name, or a file.
+    relation: "estimated", "same" for labels with the same name, or a file.
 
     Raises UserError if the relation cannot be estimated, or is too large for memory.
     """
     first, second = papers.source, papers.target
     if len(first) * len(second) > MAX_PAIRS:
         raise UserError(
-            f"{first.name} has {len(first):,} labels and {second.name} {len(second):,}; a relation has at most "
-            f"{MAX_PAIRS:,} pairs of labels"
+            f"{first.name} has {len(first):,} labels and {second.name} has {len(second):,}; a relation can have at "
+            f"most {MAX_PAIRS:,} pairs of labels"
         )
     if relation == "same":
         return same_names(first, second)
@@ -138,7 +139,7 @@ def relation_of(papers: PartialAnnotation, relation: str, smoothing: float = 1.0
     if not (count := len(papers.pairs[0].counts)):
         raise UserError(
             "relation: cannot be estimated, because no paper has labels of both in the train splits; choose another "
-            "way to match papers, or give the relation as a file"
+            "way to match papers, or set relation to a file"
         )
     log.info("relation from %s to %s: estimated from %d papers or links", first.name, second.name, count)
     return estimated(*papers.pairs, (len(first), len(second)), smoothing)
@@ -147,12 +148,12 @@ def relation_of(papers: PartialAnnotation, relation: str, smoothing: float = 1.0
 def estimated(first: Ragged, second: Ragged, sizes: tuple[int, int], smoothing: float = 1.0) -> np.ndarray:
     """Estimate a relation from n papers with labels of both spaces, (a, b).
 
-    With n_ab papers that have both labels, and n_b of all n that have the second one,
-    weights[a, b] = (n_ab + smoothing n_b / n) / (n_a + smoothing): a label without papers relates as an average paper.
+    weights[a, b] = (n_ab + smoothing n_b / n) / (n_a + smoothing), where n_a, n_b and n_ab are the numbers of papers
+    with label a, label b, and both. A label without papers gets the average weights, n_b / n.
 
     first, second: labels of each paper, n lists of positions.
-    sizes: numbers of labels of the spaces.
-    smoothing: number of average papers that are added to those of each label.
+    sizes: numbers of labels of the two spaces.
+    smoothing: number of average papers to add to each label's papers.
     """
     papers = len(first.counts)
     related = second.take(first.owners)  # labels of the second space, for each label of the first one
@@ -166,7 +167,7 @@ def estimated(first: Ragged, second: Ragged, sizes: tuple[int, int], smoothing: 
 
 
 def same_names(first: LabelSpace, second: LabelSpace) -> np.ndarray:
-    """Return the relation of labels with the same name, ignoring case and punctuation; labels without one have ids."""
+    """Relate labels with the same name, ignoring case and punctuation. A label without a name goes by its id."""
     columns: dict[str, list[int]] = {}
     for column, label in enumerate(second.labels):
         columns.setdefault(_name(label), []).append(column)
@@ -174,7 +175,7 @@ def same_names(first: LabelSpace, second: LabelSpace) -> np.ndarray:
     for row, label in enumerate(first.labels):
         weights[row, columns.get(_name(label), [])] = 1.0
     if not weights.any():
-        raise UserError(f"relation: no label of {first.name} has the name of one of {second.name}")
+        raise UserError(f"relation: no label of {first.name} has the same name as a label of {second.name}")
     return weights
 
 
@@ -183,11 +184,12 @@ def _name(label: Document) -> str:
 
 
 def read_relation(path: Path, first: LabelSpace, second: LabelSpace) -> np.ndarray:
-    """Read a relation: label of the first space, label of the second, and weight from 0 to 1, separated by tabs.
+    """Read a relation from lines with a label of the first space, a label of the second, and a weight from 0 to 1.
 
-    A label is its id or its name. Pairs that the file lacks have weight 0. The first line may be a header.
+    The columns are separated by tabs. A label is given by its id or name. Pairs that are not in the file have weight 0.
+    The first line may be a header.
 
-    Raises UserError with file and line for unknown labels, other weights and repeated pairs.
+    Raises UserError with file and line for unknown labels, invalid weights and repeated pairs.
     """
     weights = np.full((len(first), len(second)), np.nan, dtype=np.float32)
     spaces = [(space, _positions(space)) for space in (first, second)]
@@ -210,7 +212,7 @@ def read_relation(path: Path, first: LabelSpace, second: LabelSpace) -> np.ndarr
     if not weights.any():
         raise UserError(f"{path}: contains no pair of labels with a weight above 0")
     if missing := int((weights.sum(1) == 0).sum()):
-        log.warning("%s: %d of %d labels of %s relate to no label", path, missing, len(first), first.name)
+        log.warning("%s: %d of %d labels of %s are not related to any label", path, missing, len(first), first.name)
     return weights
 
 
@@ -228,7 +230,7 @@ def _number(text: str) -> float | None:
 def _positions(space: LabelSpace) -> dict[str, int]:
     """Return the position of each label by name and by id, or -1 for a name that several labels have.
 
-    A name that is another label's id means that label.
+    If a label's name is another label's id, the id wins.
     """
     positions: dict[str, int] = {}
     for position, label in enumerate(space.labels):
@@ -248,11 +250,11 @@ def _position(label: str, space: LabelSpace, positions: dict[str, int]) -> int:
 
 
 def distributions(weights: np.ndarray) -> np.ndarray:
-    """Return p(b | a): the weights of each label divided by their sum, or zeros for a label that relates to none."""
+    """Return p(b | a): the weights of each label divided by their sum, or zeros for an unrelated label."""
     return weights / np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float32).tiny)
 
 
 def most_related(weights: np.ndarray, count: int) -> Ragged:
-    """Return the related labels of each label of the first space: at most `count`, those of largest weight first."""
+    """Return up to `count` related labels of each label of the first space, by descending weight."""
     columns = np.argsort(-weights, axis=1, kind="stable")[:, :count]
     return Ragged.of([row[weights[a, row] > 0] for a, row in enumerate(columns)])

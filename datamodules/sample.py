@@ -79,7 +79,7 @@ class Science:
 class Lexicon:
     """Eight invented words for each value of a facet.
 
-    Papers use the first six words, older papers the earlier of these six. Queries and definitions use the last four.
+    Papers use the first six words, and older papers use earlier ones. Queries and definitions use the last four.
     """
 
     def __init__(self, rng: random.Random):
@@ -123,7 +123,7 @@ def _split(key: str, seed: int) -> str:
 
 @functools.lru_cache(maxsize=2)
 def science(seed: int, num_papers: int) -> Science:
-    """Generate the papers, labels, citations and queries of a seed, the same on every machine."""
+    """Generate papers, labels, citations and queries. A seed gives the same result on every machine."""
     rng = random.Random(seed)
     lexicon = Lexicon(rng)
     num_subfields = NUM_FIELDS * SUBFIELDS_PER_FIELD
@@ -189,7 +189,7 @@ def _paper(paper: str, lexicon: Lexicon, facets: dict[str, int], second_aspect: 
 
 
 def _citations(papers: list[_Paper], rng: random.Random) -> dict[str, tuple[str, ...]]:
-    """Draw the citations: mostly the five latest earlier papers with the same subfield and method, sometimes others."""
+    """Draw citations, mostly of the five latest earlier papers with the same subfield and method."""
     by_subfield: dict[int, list[_Paper]] = defaultdict(list)
     cited: dict[str, tuple[str, ...]] = {}
     for paper in sorted(papers, key=lambda p: (p.year, p.document.id)):
@@ -254,7 +254,7 @@ class SampleReader:
         corpus, queries, judged = make[self.view](world, papers)
         qrels: dict[str, dict[str, dict[str, int]]] = {"train": {}, "dev": {}, "test": {}}
         for query, grades in judged.items():
-            # All three queries of a material and an aspect, and all captions of a paper, are in one split.
+            # All three queries of a material and an aspect are in the same split, and so are all captions of a paper.
             split = _split(query.rsplit(".", 1)[0], self.seed)
             qrels[split][query] = grades if split == "train" else {d: g for d, g in grades.items() if g > 0}
         return Collection(corpus, queries, qrels)

@@ -1,13 +1,13 @@
 """The multi-task schedule: which task and which examples, at which step, on which rank.
 
 It is a pure function of (seed, step). Nothing is remembered between steps, so resuming needs one integer, every step
-costs the same, and every rank computes the same plan by itself. At each step all ranks work on one task, because
-in-batch negatives are shared across ranks and an expert must be used by all ranks or none. Each rank has its own slice
-of the global batch.
+costs the same, and every rank computes the same plan independently. At each step, all ranks work on the same task,
+because in-batch negatives are shared across ranks, and an expert must be used by all ranks or none. Each rank has its
+own slice of the global batch.
 
-Steps are planned in blocks. Within a block every task has its share of the steps: in turns for round-robin, otherwise
-in a random order drawn for that block. So the shares are exact after every block, and the number of steps that a
-task has had before a block follows from the block's number.
+Steps are planned in blocks. Within a block, every task gets its share of the steps: by turns for round-robin, otherwise
+in a random order drawn for that block. So the shares are exact after every block, and the number of steps that a task
+has had before a block follows from the block's number.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def task_weights(
 ) -> Mapping[str, float] | None:
     """Return the share of steps of each task, or None if tasks take turns (round_robin and together).
 
-    schedule: "proportional" gives shares proportional to the number of examples; "temperature", to that number to
-        the power of 1 / temperature, so a high temperature brings the shares close to equal; "weights" uses `weights`.
+    schedule: "proportional" makes shares proportional to the number of examples; "temperature" raises that number to
+        the power 1 / temperature, so a high temperature makes the shares nearly equal; "weights" uses `weights`.
     sizes: number of examples of each task.
 
     Raises UserError for an unknown schedule, or if the weights do not match it.
@@ -112,17 +112,16 @@ class Schedule:
     temperatures: temperature of the collections of a task, by default 1.
     mixed: tasks whose batches mix their collections.
 
-    A batch comes from one collection. A document of another collection may be relevant to a query although nobody
-    judged it: a paper can have labels in several label spaces. The collections share a task's turns by a schedule of
-    their own, in proportion to their numbers of examples to the power 1 / temperature. In a mixed batch, they share
-    its queries in the same way.
+    A batch comes from one collection, because documents of other collections may be relevant without being judged: a
+    paper can have labels in several label spaces. A second schedule divides a task's turns among its collections, in
+    proportion to their numbers of examples to the power 1 / temperature. In a mixed batch, it divides the queries.
 
     A task goes through its examples in passes, each in a new order. A small task starts its second pass while a large
     task is still in its first. A batch may span two passes, so no example is left out.
 
-    For batches in tokens, the examples of all passes form a line, each as long as its number of tokens. The line is cut
-    into pieces of batch_sizes tokens, and an example belongs to the piece in which it starts. So batches have different
-    numbers of queries, and any batch can be found without those before it.
+    If batches are sized in tokens, the examples of all passes form a line, each as long as its number of tokens. The
+    line is cut into pieces of batch_sizes tokens, and an example belongs to the piece in which it starts. So batches
+    have different numbers of queries, and any batch can be computed without the ones before it.
     """
 
     def __init__(
@@ -164,7 +163,7 @@ class Schedule:
         return Schedule(sizes, batch_sizes, mix(self.seed, "collections", task), (phase,), costs), starts
 
     def _steps_per_block(self, phase: Phase) -> dict[str, int]:
-        """Return each task's steps in a block, at least one. Rounding favours the largest remainders."""
+        """Return the number of each task's steps in a block, at least one, rounded by largest remainders."""
         if phase.weights is None:
             return dict.fromkeys(self.tasks, 1)
         total = sum(phase.weights.values())
@@ -172,7 +171,7 @@ class Schedule:
         counts = {task: max(1, int(share)) for task, share in exact.items()}
         for task in sorted(exact, key=lambda t: counts[t] - exact[t])[: max(0, BLOCK - sum(counts.values()))]:
             counts[task] += 1
-        while sum(counts.values()) > BLOCK:  # possible if tasks were raised to one step
+        while sum(counts.values()) > BLOCK:  # if some tasks were raised to one step
             counts[max(counts, key=counts.__getitem__)] -= 1
         return counts
 
@@ -192,7 +191,7 @@ class Schedule:
         return self._block(phase, block)[offset]
 
     def turns(self, step: int, task: str) -> int:
-        """Return the number of the task's steps before this step."""
+        """Return the number of steps that the task has had before this step."""
         last, block, offset = self._locate(step)
         total = block * self._counts[last].get(task, 0) + self._block(last, block)[:offset].count(task)
         for phase in range(last):
@@ -207,7 +206,7 @@ class Schedule:
         if task in self._inner:
             inner, starts = self._inner[task]
             turn = self.turns(step, task)
-            if task in self.mixed:  # each query has a turn of its own
+            if task in self.mixed:  # each query has its own turn
                 first = (turn * world_size + rank) * self.batch_sizes[task]
                 turns = range(first, first + self.batch_sizes[task])
                 return [self._shifted(draw, starts[inner.task(turn)]) for turn in turns for draw in inner.draws(turn)]
@@ -242,12 +241,12 @@ class Schedule:
 
     def batches_per_pass(self, world_size: int = 1) -> int:
         """Return the number of batches on each rank in a pass through the examples of all tasks."""
-        # Lengths have the unit of the batch sizes: tokens for tasks with costs, queries for others.
+        # Lengths are in the unit of the batch sizes: tokens for tasks with costs, queries for other tasks.
         lengths = self.sizes | {task: int(costs.sum()) for task, costs in self.costs.items()}
         return sum(-(-length // (self.batch_sizes[task] * world_size)) for task, length in lengths.items())
 
     def _positions(self, task: str, first: int, end: int) -> list[tuple[int, int]]:
-        """Return (pass, position in the pass) of the examples between two points of a task's line."""
+        """Return (pass, position in the pass) of each example that starts between two points of a task's line."""
         if task not in self.costs:
             return [divmod(position, self.sizes[task]) for position in range(first, end)]
         length = int(self.costs[task].sum())
@@ -258,7 +257,7 @@ class Schedule:
         return positions
 
     def _line(self, task: str, epoch: int) -> np.ndarray:
-        """Return the position of each example of a pass on its line, in tokens, in the order of the pass."""
+        """Return the start of each example of a pass on the task's line, in tokens from the start of the pass."""
         if (task, epoch) not in self._starts:
             for old in [key for key in self._starts if key[0] == task and key[1] < epoch - 1]:
                 del self._starts[old]

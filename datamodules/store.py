@@ -4,9 +4,9 @@ A training process keeps no Python object per document or judgement. conversion.
 
     FOLDER/corpus.arrow, queries.arrow     id, title, text
     FOLDER/first.npy                       (M,) for each document, the first document with the same text
-    FOLDER/own.npy                         (Q,) for each query, first.npy of the document with its id, or -1
+    FOLDER/own.npy                         (Q,) for each query, the same for the document with its id, or -1
     FOLDER/same.npy                        (Q,) whether that document has the query's text too
-    FOLDER/SPLIT.{queries,documents,grades}.npy    rows of judgements; negative: outside the corpus
+    FOLDER/SPLIT.{queries,documents,grades}.npy    judgements as rows; negative rows are outside the corpus
     FOLDER/examples.{queries,starts,documents,grades}.npy    examples of the train split (examples.py)
     FOLDER/meta.json                       reader, counts, fingerprint
     FOLDER/files.json                      size and checksum of each file, written by make_once
@@ -32,14 +32,14 @@ from datamodules.records import Document, Qrels, UserError, explained
 
 log = logging.getLogger(__name__)
 
-SEAL = "files.json"  # size and checksum of each file of a folder of the cache
-CHECKED = 1 << 28  # bytes of the largest file whose checksum is verified at every start
+SEAL = "files.json"  # size and checksum of each file in a cache folder
+CHECKED = 1 << 28  # bytes; the checksums of larger files are not verified at every start
 BATCH_ROWS = 1 << 15  # documents in one Arrow batch
 FIELDS = ("id", "title", "text")
 
 
 class StoredDocuments(Mapping[str, Document]):
-    """Documents in an Arrow file, by id, or by number through `values()`."""
+    """Documents in an Arrow file, by id, or by row through `values()`."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -162,7 +162,7 @@ class StoredCollection:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time make a file or folder of the cache. Other ranks wait until it is made.
+    """Let one process at a time make a file or folder of the cache, while the others wait.
 
     Raises UserError if the parent folder cannot be used.
     """
@@ -174,7 +174,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def make_once(folder: Path, write: Callable[[Path], None]) -> bool:
-    """Make a folder of the cache unless it exists and is intact; `write` fills it. Return whether this process made it.
+    """Make a cache folder, unless an intact one exists. `write` fills it. Return whether this process made it.
 
     Raises UserError if the folder cannot be written.
     """
@@ -187,7 +187,7 @@ def make_once(folder: Path, write: Callable[[Path], None]) -> bool:
             log.warning("cache: %s is damaged (%s); making it again", folder, problem)
         with explained(f"cache: cannot write to the folder {folder.parent}"):
             if folder.is_dir():
-                shutil.rmtree(folder)  # not after writing, which might read the damaged files
+                shutil.rmtree(folder)  # before writing, which might otherwise read the damaged files
             with atomic_folder(folder) as new:
                 write(new)
                 _seal(new)
@@ -201,9 +201,9 @@ def _seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Return how a folder of the cache differs from what was written, or None.
+    """Return how a cache folder differs from what was written, or None if it does not.
 
-    Of large files only the size is compared, because every rank would read the whole corpus at every start.
+    Only the size of large files is compared: otherwise, every rank would read the whole corpus at every start.
     """
     try:
         for name, (size, expected) in read_json(folder / SEAL).items():

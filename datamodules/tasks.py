@@ -1,7 +1,7 @@
 """One LightningDataModule for each kind of task. Train it alone, or with others in a MultiTaskDataModule.
 
-The kinds differ in what their queries and documents are. This decides which documents are never negatives, and which
-are left out of a ranking.
+The kinds differ in their queries and documents, and therefore in which documents are never negatives and which are left
+out of rankings.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class CollectionError(UserError):
 class Part(NamedTuple):
     """A collection of a task.
 
-    table: its examples. first_row: row at which its documents start in the task's document table.
+    table: examples of the collection.
+    first_row: row at which its documents start in the task's document table.
     """
 
     name: str
@@ -75,7 +76,7 @@ class TaskDataModule(ContrastiveDataModule):
         query that is a document has the document's row.
     """
 
-    queries_are_documents: ClassVar[bool] = False  # whether the document with a query's id is the query itself
+    queries_are_documents: ClassVar[bool] = False  # whether a query is the document with the same id
     corpus_is_evaluated: ClassVar[bool] = True  # whether training on evaluation documents is a leak
 
     def __init__(
@@ -101,7 +102,7 @@ class TaskDataModule(ContrastiveDataModule):
         self._tokens: tuple[Encoding, Joined[np.ndarray]] | None = None  # the last encoding and its ids
 
     def inherit_options(self, options: BatchOptions) -> None:
-        """Use the options that several tasks share, unless this task has its own."""
+        """Use shared options, changed by this task's keywords. Do nothing if the task was given its own options."""
         if self._overrides is not None:
             self.options = options.override(**self._overrides)
 
@@ -187,7 +188,7 @@ class TaskDataModule(ContrastiveDataModule):
         return next(part.name for part in reversed(self.parts) if part.first_row <= row)
 
     def examples_by_collection(self) -> dict[str, int]:
-        """Return the number of examples of each collection that has any."""
+        """Return the number of examples of each collection that has examples."""
         return {part.name: len(part.table) for part in self.parts if len(part.table)}
 
     def strip(self, queries: np.ndarray, documents: np.ndarray) -> None:
@@ -200,7 +201,7 @@ class TaskDataModule(ContrastiveDataModule):
         self.examples, self.is_stripped = self.examples.without(queries, documents), True
         self.stripped = np.union1d(self.stripped, documents)
         if not self.examples:
-            raise UserError(f"task {self.task.name}: no training example remains without the texts of the evaluation")
+            raise UserError(f"task {self.task.name}: no training examples remain after removing the evaluation texts")
 
     def corpus_rows(self) -> np.ndarray:
         """Return whether each row of the document table belongs to a corpus, (documents,) bool."""
@@ -271,7 +272,7 @@ class Selection(Sequence[Document]):
 
 
 def selected(documents: Joined[Document], rows: np.ndarray) -> Sequence[Document]:
-    """Return the documents of some rows: Rows if they are in one stored file, so that their token ids can be found."""
+    """Return the documents of some rows. If one stored file has them all, return Rows, which have stored token ids."""
     part, positions = documents.part_of(rows)
     return part.select(positions) if isinstance(part, Rows) else Selection(documents, rows)
 
@@ -312,7 +313,7 @@ class LinkPredictionDataModule(TaskDataModule):
 
 
 class SearchDataModule(TaskDataModule):
-    """Rank papers for a query, by graded relevance. Grade 0 in the train split means shown but not clicked."""
+    """Rank papers for a query, by graded relevance. In the train split, grade 0 means shown but not clicked."""
 
 
 KINDS: dict[str, type[TaskDataModule]] = {

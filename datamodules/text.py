@@ -18,23 +18,23 @@ from datamodules.records import Document, short
 
 log = logging.getLogger(__name__)
 
-TEXT_KEYS = ("text", "abstract")  # keys of a paper's text; the first one that is not blank is read
-# Keys that hold a text in other layouts: OpenAlex, PubMed, arXiv, bulk data of Semantic Scholar, Pyserini, ...
+TEXT_KEYS = ("text", "abstract")  # keys of a paper's text; the first non-blank one is read
+# Keys of the text in other layouts: OpenAlex, PubMed, arXiv, bulk data of Semantic Scholar, Pyserini, ...
 OTHER_TEXT_KEYS = {"summary", "description", "body", "content", "contents", "passage", "fulltext", "full_text", "tldr"}
-LONG_TEXT = 80  # characters of a string that is probably a text
+LONG_TEXT = 80  # characters; a longer string is probably a text
 
 
 def text_key(record: Mapping[str, Any], preferred: str = TEXT_KEYS[0]) -> str:
-    """Return the key of a paper's text: the preferred one, or another of TEXT_KEYS if that is missing or blank.
+    """Return the key of a paper's text: the preferred one, or another of TEXT_KEYS if that one is missing or blank.
 
-    A key outside TEXT_KEYS, such as "definition", is the only one of its format.
+    A preferred key outside TEXT_KEYS, such as "definition", has no alternatives.
     """
     keys = dict.fromkeys((preferred, *TEXT_KEYS)) if preferred in TEXT_KEYS else (preferred,)
     return next((key for key in keys if not _is_blank(record.get(key))), preferred)
 
 
 def unread_key(record: Mapping[str, Any]) -> str | None:
-    """Return a key that is known to hold a text in other layouts, and that is not read here; None without one."""
+    """Return a key that contains the text in other layouts but is not read here, or None if there is none."""
     for key, value in record.items():
         name = str(key).lower()
         is_text = name in OTHER_TEXT_KEYS or name.startswith("abstract") or name.endswith("abstract")
@@ -50,11 +50,11 @@ def _is_blank(value: Any) -> bool:
 def as_documents(items: Sequence[Any]) -> list[Document]:
     """Convert strings, mappings and Documents to Documents.
 
-    items: a string is a text without a title; a mapping has a title and a text (or abstract, where the text is missing
-        or blank). Other keys are ignored, and None is treated as missing. A warning names an ignored key that is known
-        to hold a text.
+    items: strings are texts without titles. Mappings have a title and a text (or abstract, if the text is missing or
+        blank). Other keys are ignored, and None is treated as missing. If an ignored key probably contains the text, a
+        warning names it.
 
-    Raises TypeError with the index and the content of a wrong item.
+    Raises TypeError with the index and the content of an invalid item.
     """
     if isinstance(items, str | Mapping | Document):
         raise TypeError(f"documents: expected a list, got one {_describe(items)}")
@@ -82,7 +82,7 @@ def _as_document(where: str, item: Any) -> Document:
             raise TypeError(f"{where}: {key}: expected a text, got {_describe(value)}")
     if not (title.strip() or text.strip()):
         keys = ", ".join(map(str, item)) or "no keys"
-        raise TypeError(f"{where}: expected a title, text or abstract that is not empty, got {keys}")
+        raise TypeError(f"{where}: expected a non-empty title, text or abstract, got {keys}")
     return Document(str(item.get("id", "")), title, text)
 
 
@@ -135,10 +135,10 @@ def words(text: str) -> list[str]:
 class NameMatcher:
     """Find the names (titles) of labels in papers, as whole words, ignoring case, spacing and punctuation.
 
-    An automaton over words finds all names in one pass over a paper, however many names there are.
+    A trie of words finds all names in one pass over a paper, however many names there are.
     """
 
-    END = ""  # key of the labels whose names end at a node; no word is empty
+    END = ""  # key of the labels whose names end at a node; never a word, because words are not empty
 
     def __init__(self, labels: Mapping[str, Document]):
         self.root: dict = {}
@@ -150,7 +150,7 @@ class NameMatcher:
                 node.setdefault(self.END, []).append(id)
 
     def labels_in(self, document: Document) -> list[str]:
-        """Return the ids of the labels whose names occur in a document, once each, in order of appearance."""
+        """Return the distinct ids of the labels whose names occur in a document, in order of appearance."""
         text = words(input_text(document, " "))
         labels: dict[str, None] = {}
         for start, word in enumerate(text):

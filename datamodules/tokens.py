@@ -1,7 +1,7 @@
 """Texts as token ids: tokenised in the background, kept in memory, and stored next to the texts they were made from.
 
     FOLDER/tokens-KEY/{corpus,queries}.ids       ids of all texts, end to end: uint16, or uint32 for large vocabularies
-    FOLDER/tokens-KEY/{corpus,queries}.npy       (n + 1,) int64, position at which each text starts
+    FOLDER/tokens-KEY/{corpus,queries}.npy       (n + 1,) int64, start of each text
 
 FOLDER is the folder of a StoredCollection. KEY is a hash of tokenizer, prompt and max_length.
 """
@@ -37,15 +37,15 @@ from datamodules.text import input_text, token_ids
 log = logging.getLogger(__name__)
 
 BLOCK = 4096  # texts of a collection that are written together
-PIECE = 128  # texts that a thread tokenises at a time: 45 ms for abstracts, of which 2 ms hold Python's lock
+PIECE = 128  # texts that a thread tokenises at a time: 45 ms for abstracts, 2 ms of them with Python's lock
 AHEAD = 16384  # texts that are tokenised before they are needed
 MAX_THREADS = 16
 CACHE_BYTES = 256 << 20  # room for 600,000 abstracts
-MIN_CACHED = 512  # smallest number of texts that are kept; batches of a frozen model, for example, never come again
+MIN_CACHED = 512  # smaller jobs are not cached; batches of a frozen model, for example, never repeat
 
 
 class _Snapshot(NamedTuple):
-    """A copy of a fast tokenizer that truncates, and a hash of everything that determines its ids."""
+    """A copy of a fast tokenizer with truncation, and a hash of everything that determines its ids."""
 
     backend: Any
     key: str
@@ -57,7 +57,7 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Encoding:
-    """How texts are turned into token ids.
+    """A tokenizer and its settings, which turn texts into token ids.
 
     prompt: text that precedes every text.
     max_length: maximum number of tokens of a text, special tokens included.
@@ -70,12 +70,12 @@ class Encoding:
     def table(self, documents: Sequence[Document]) -> TokenTable:
         """Tokenise texts. This is thread-safe, even while other code uses the tokenizer.
 
-        The ids are those of `tokenizer(texts, truncation=True, max_length=max_length)`.
+        The ids are the same as from `tokenizer(texts, truncation=True, max_length=max_length)`.
         """
         return self._tokenise(self._texts(documents), self._snapshot())
 
     def fingerprint(self) -> str | None:
-        """Return a hash that is equal for encodings with equal ids; None if the tokenizer cannot be identified."""
+        """Return a hash of everything that determines the ids; None if the tokenizer cannot be identified."""
         return self._fingerprint(self._snapshot())
 
     def _fingerprint(self, snapshot: _Snapshot | None) -> str | None:
@@ -92,9 +92,9 @@ class Encoding:
         return [self.prompt + input_text(document, self.tokenizer.sep_token) for document in documents]
 
     def _snapshot(self) -> _Snapshot | None:
-        """Return a copy of the tokenizer as it is now; None for slow tokenizers, and for those with parts in Python.
+        """Return a copy of the tokenizer in its current state; None for slow tokenizers and ones with parts in Python.
 
-        A call of a fast tokenizer sets its truncation and padding for all threads, so the tokenizer itself is not used.
+        The tokenizer itself is not used, because each call would set its truncation and padding for all threads.
         """
         tokenizer = self.tokenizer
         if not getattr(tokenizer, "is_fast", False):
@@ -121,8 +121,8 @@ class Encoding:
             with _lock:
                 lists = token_ids(texts, self.tokenizer, self.max_length)
         else:
-            # Half the time of calling the tokenizer, which also computes offsets, masks and types. Python's lock is
-            # released meanwhile.
+            # Twice as fast as calling the tokenizer, which also computes offsets, masks and types. Python's lock is
+            # released in the meantime.
             lists = [encoding.ids for encoding in snapshot.backend.encode_batch_fast(texts)]
         starts = np.cumsum([0, *map(len, lists)], dtype=np.int64)
         return TokenTable(np.fromiter(itertools.chain.from_iterable(lists), self.dtype, int(starts[-1])), starts)
@@ -143,7 +143,7 @@ class TokenTable(Sequence[np.ndarray]):
 
     @classmethod
     def joined(cls, tables: Sequence[TokenTable], dtype: type[np.unsignedinteger]) -> TokenTable:
-        """Return one table with the texts of several, in order. dtype: type of the ids if there are no tables."""
+        """Concatenate tables. dtype: type of the ids if there are no tables."""
         if len(tables) == 1:
             return tables[0]
         starts = np.cumsum(np.concatenate([[0], *(table.lengths() for table in tables)]), dtype=np.int64)
@@ -170,7 +170,7 @@ class TokenTable(Sequence[np.ndarray]):
 
 
 class TokenFile(TokenTable):
-    """Token ids of texts in a file. They are read, not mapped, so memory stays small during a long training."""
+    """Token ids of texts in a file. They are read, not mapped, so that memory stays small during a long training."""
 
     def __init__(self, path: Path, dtype: type[np.unsignedinteger]):
         self.path, self.dtype = path, np.dtype(dtype)
@@ -197,7 +197,7 @@ class TokenFile(TokenTable):
 
 
 class TokenCache:
-    """Token ids of recently tokenised texts, in memory. If it is full, the least recently used are dropped.
+    """In-memory cache of the token ids of recent texts. When it is full, the least recently used are dropped.
 
     limit: number of bytes.
     """
@@ -247,7 +247,7 @@ def token_tables(collection: Collection | StoredCollection, encoding: Encoding) 
 
 
 def stored_tokens(documents: Sequence[Document], encoding: Encoding) -> TokenFile | None:
-    """Return the intact token file of the stored collection that the documents belong to, or None."""
+    """Return the token file of the documents' stored collection, or None if there is no intact one."""
     if not isinstance(documents, Rows):
         return None
     path = documents.documents.path
@@ -263,11 +263,11 @@ def _is_intact(folder: Path) -> bool:
 
 
 def tokenise_ahead(jobs: Iterable[tuple[Encoding, Sequence[Document]]]) -> Generator[TokenTable]:
-    """Yield the token ids of each job's texts. Threads tokenise the next AHEAD texts meanwhile.
+    """Yield the token ids of each job's texts, while threads tokenise the next AHEAD texts.
 
-    Close the generator (contextlib.closing) if it may not be exhausted; this ends the threads. Ids that are in CACHE or
-    in a token file are not computed again, and those of large jobs are kept in CACHE. A single job of up to PIECE texts
-    is done in the calling thread. An error of `jobs` or of a job is raised after the tables of the jobs before it.
+    If you may not exhaust the generator, close it (contextlib.closing) to end the threads. Ids in CACHE or in a token
+    file are not computed again, and the ids of large jobs are added to CACHE. A single job of up to PIECE texts runs in
+    the calling thread. An error of `jobs` or of a job is raised after the tables of the jobs before it.
     """
     failures: list[Exception] = []
     started = _started(jobs, failures)
@@ -294,7 +294,7 @@ def _started(jobs: Iterable[tuple[Encoding, Sequence[Document]]], failures: list
     try:
         for encoding, documents in jobs:
             yield _Job(encoding, documents)
-    except Exception as failure:  # raised later, because the texts before it can still be used
+    except Exception as failure:  # raised later, because the preceding texts can still be used
         failures.append(failure)
 
 
@@ -337,7 +337,7 @@ def _result(job: _Job, pieces: Sequence[Future[TokenTable]]) -> TokenTable:
 
 
 def _num_threads() -> int:
-    """Return the number of threads that tokenise: one core is left to the thread that uses the ids."""
+    """Return the number of threads that tokenise. It leaves one core to the thread that uses the ids."""
     return max(1, min(MAX_THREADS, available_cores() - 1))
 
 

@@ -157,7 +157,7 @@ def test_links_between_collections_of_a_file_are_counted(tmp_path, caplog):
     [
         (
             "p0 p1\np0 p9\np8 p9\n",
-            r"graph.tsv, line 2: the graph names a paper 'p9' that is not in the corpus of task ",
+            r"graph.tsv, line 2: paper 'p9' is not in the corpus of task ",
         ),
         ("p0 p1\np0 p1 p2\n", "graph.tsv, line 2: expected two ids"),
         ("p0 p1\np0\n", "graph.tsv, line 2: expected two ids"),

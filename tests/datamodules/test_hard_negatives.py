@@ -154,7 +154,7 @@ def test_store_of_other_data_raises_user_error_with_both_fingerprints(make_task,
     corpus = dict(collection.corpus) | {"d0": Document("d0", "another", "text")}
     other = make_task(SearchDataModule, collection=Collection(corpus, collection.queries, collection.qrels))
     then, now = (d.fingerprints()["search"]["toy"] for d in (data, other))
-    with pytest.raises(UserError, match=f"mined from other data .fingerprints then: toy {then}, .*; now: toy {now}, "):
+    with pytest.raises(UserError, match=f"mined from different data .fingerprints .*: toy {then}, .*; now: toy {now}"):
         Rounds(tmp_path, "mined", other.fingerprints()).begin(0, "store")
     with pytest.raises(UserError, match="expected hard negatives of a task, but these are of search"):
         store.check({})
@@ -284,10 +284,10 @@ def test_initial_store_may_move_but_not_change(make_task, tmp_path):
     written(tmp_path / "moved", data, [[2]] * 12, model="bbbb")
     other = with_rounds(make_task, tmp_path)
     other.rounds.begin(0, str(tmp_path / "moved"))
-    with pytest.raises(UserError, match="moved: the checkpoint was trained with other hard negatives .*aaaa.*bbbb"):
+    with pytest.raises(UserError, match="moved: the checkpoint was trained with different hard negatives .*aaaa.*bbbb"):
         other.train_dataloader().load_state_dict(state)
     without = make_task(SearchDataModule, num_batches=12)
-    with pytest.raises(UserError, match="was trained with mined hard negatives .*given., and this training has none"):
+    with pytest.raises(UserError, match="was trained with mined hard negatives .*given., but this training has none"):
         without.train_dataloader().load_state_dict(state)
 
 
@@ -310,7 +310,7 @@ def test_stripped_documents_are_neither_examples_nor_candidates(make_task, tmp_p
     assert len(pool.queries) == len(data.examples) < 12
     assert [q.id for q in pool.queries] == [data.documents[example.query].id for example in data.examples]
     assert pool.excluded.tolist() == [4, 7]
-    with pytest.raises(UserError, match="hard negatives of search were mined from other data"):
+    with pytest.raises(UserError, match="hard negatives of search were mined from different data"):
         store.check(data.fingerprints())
 
 

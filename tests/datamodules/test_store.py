@@ -237,7 +237,7 @@ def test_streaming_a_beir_folder_raises_the_errors_of_reading(streamed, tmp_path
     for line, message in (
         (
             f"{query}\t{document}\t{int(grade) + 1}",
-            f"split train: query '{query}' and document '{document}' have score",
+            f"split train: query '{query}' and document '{document}' have the scores",
         ),
         (f"nobody\t{document}\t1", "query ids that are not in queries.jsonl .lines: 1, different ids: 1.: 'nobody'"),
         (f"{query}\t{document}", "line [0-9]+: expected query-id, corpus-id and score"),
@@ -349,4 +349,4 @@ def test_skip_policy_ignores_contradicting_scores(streamed, tmp_path, caplog):
     skipping = BeirReader(str(reader.folder), on_error="skip", quarantine=str(tmp_path / "quarantine.jsonl"))
     actual = stored(skipping, tmp_path / "cache")
     assert actual.judged("train")[1] == skipping.read().qrels["train"] == reader._collection.qrels["train"]
-    assert "split train: 1 pairs are judged again with another score" in caplog.text
+    assert "split train: 1 pairs have a second, different score" in caplog.text

@@ -84,7 +84,7 @@ def test_strings_dicts_and_documents_give_the_same_text():
     [
         (("t", "x"), r"documents\[1\]: expected a text, a dict .*, got tuple \('t', 'x'\)"),
         (None, r"documents\[1\]: expected a text, .*, got NoneType None"),
-        ({"titel": "a"}, r"documents\[1\]: expected a title, text or abstract that is not empty, got titel"),
+        ({"titel": "a"}, r"documents\[1\]: expected a non-empty title, text or abstract, got titel"),
         ({"title": "a", "abstract": float("nan")}, r"documents\[1\]: abstract: expected a text, got float nan"),
         ({"title": " ", "text": ""}, r"documents\[1\]: expected a title, .* got title, text"),
     ],

@@ -300,7 +300,7 @@ def test_a_store_mined_with_other_settings_is_not_overwritten(run, tmp_path, mak
 def test_a_store_of_other_data_raises_before_training(run, tmp_path):
     store = run / "negatives" / "step-00000002"
     changed = [*SMALL, "task.search.data.searches.num_papers=501", f"mining.store={store}"]
-    with pytest.raises(UserError, match="hard negatives of search were mined from other data .fingerprints then: "):
+    with pytest.raises(UserError, match="hard negatives of search were mined from different data .fingerprints then: "):
         train("moe", [f"run.dir={tmp_path / 'run'}", *changed])
     assert not (tmp_path / "run").exists()
 

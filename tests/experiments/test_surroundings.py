@@ -36,7 +36,7 @@ def homeless(monkeypatch):
 def test_missing_home_folder_is_named_with_the_key(homeless):
     """It was a traceback: RuntimeError: Could not determine home directory."""
     message = (
-        "data.cache: ~/.cache/scimult needs a home folder, and this user has none; name a folder, or data.cache=null"
+        "data.cache: ~/.cache/scimult needs a home folder, but this user has none; name a folder, or data.cache=null"
     )
     with pytest.raises(UserError, match=message):
         build_data(load_config("vanilla", ["scale=sample", "data.cache=~/.cache/scimult"]))

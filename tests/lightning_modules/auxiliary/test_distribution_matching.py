@@ -223,7 +223,7 @@ ERRORS = [
     ({"target": "serach"}, "target: unknown task 'serach'"),
     ({"source": "topics"}, "source: every training query of topics has labels of topics"),
     ({"relation": "estimated"}, "relation: cannot be estimated, because no paper has labels of both"),
-    ({"relation": "same"}, "relation: no label of fields has the name of one of topics"),
+    ({"relation": "same"}, "relation: no label of fields has the same name as a label of topics"),
     ({"match": "name"}, "match: expected one of title, text, id, got 'name'"),
 ]
 

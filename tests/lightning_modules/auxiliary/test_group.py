@@ -153,7 +153,7 @@ def test_impossible_options_and_tasks_raise_user_errors(make_encoder, make_task,
     data = make_task(LinkPredictionDataModule, collection=toy_collection(10, 10, papers=True))
     (tmp_path / "graph.tsv").write_text("d1 d2\nd1 stranger\n")
     fitted = ContrastiveModule(make_encoder(), losses={"group": GroupLoss(graph=str(tmp_path / "graph.tsv"))})
-    with pytest.raises(UserError, match=r"losses.group: .*graph.tsv, line 2: the graph names a paper 'stranger'"):
+    with pytest.raises(UserError, match=r"losses.group: .*graph.tsv, line 2: paper 'stranger' is not in the corpus"):
         quiet_trainer(tmp_path, max_steps=1).fit(fitted, data)
 
 

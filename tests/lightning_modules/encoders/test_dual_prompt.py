@@ -187,7 +187,7 @@ def test_transplant_measures_the_transfer_of_prompts(make, make_data, tmp_path):
         ({"graph": "missing.tsv"}, "graph: missing.tsv: cannot be opened"),
         (
             {"graph": "FILE"},
-            "graph: .*, line 2: the graph names a paper 'd99' that is not in the corpus of task link_p",
+            "graph: .*, line 2: paper 'd99' is not in the corpus of task link_p",
         ),
     ],
 )
