@@ -86,7 +86,7 @@ def test_strings_dicts_and_documents_give_the_same_text():
         (None, r"documents\[1\]: expected a text, .*, got NoneType None"),
         ({"titel": "a"}, r"documents\[1\]: expected a non-empty title, text or abstract, got titel"),
         ({"title": "a", "abstract": float("nan")}, r"documents\[1\]: abstract: expected a text, got float nan"),
-        ({"title": " ", "text": ""}, r"documents\[1\]: expected a title, .* got title, text"),
+        ({"title": " ", "text": ""}, r"documents\[1\]: expected a non-empty title, .* got title, text"),
     ],
 )
 def test_invalid_item_raises_type_error_with_its_index(item, message):

@@ -80,7 +80,7 @@ def test_texts_of_other_folders_are_stripped_from_positives_too(leaking, tmp_pat
 
 def test_stripping_all_examples_raises_user_error(leaking, tmp_path):
     folder, _ = leaking
-    with pytest.raises(UserError, match="no training example remains without the texts"):
+    with pytest.raises(UserError, match="no training examples remain after removing the evaluation texts"):
         build_task(make_config(folder, tmp_path, "data.on_leak=strip", f"data.leaks_in=[{folder}]"))
 
 
