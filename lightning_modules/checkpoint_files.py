@@ -127,7 +127,7 @@ def damage(path: Path) -> str | None:
     for key, kind in ENTRIES.items():
         if not isinstance(content[key], kind):
             return f"{key} must be a {kind.__name__}, got a {type(content[key]).__name__}"
-    return f"{name} contains numbers that are not finite" if (name := first_not_finite(content)) else None
+    return f"{name} contains non-finite numbers" if (name := first_not_finite(content)) else None
 
 
 def first_not_finite(checkpoint: Mapping[str, Any]) -> str | None:

@@ -17,19 +17,19 @@ log = logging.getLogger(__name__)
 
 
 class Failure(NamedTuple):
-    """Why a checkpoint was not written. diverged: whether its numbers are not finite."""
+    """The reason why a checkpoint was not written. diverged: whether its numbers are not finite."""
 
     reason: str
     diverged: bool = False
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints atomically. All ranks read the checkpoint that the first rank chose.
+    """Writes checkpoints atomically. When loading, all ranks read the checkpoint that the first rank chose.
 
-    Training continues if a checkpoint cannot be written. `failure` says why, or is None if the last save worked. A
-    checkpoint with numbers that are not finite is not written, because it would replace a good one.
+    Training continues if a checkpoint cannot be written. `failure` then has the reason; it is None if the last save
+    succeeded. A checkpoint with non-finite numbers is not written, because it would replace a good one.
 
-    last: path of the newest checkpoint. Earlier ones are kept for this path only.
+    last: path of the newest checkpoint. Earlier checkpoints are kept for this path only.
     keep: number of checkpoints to keep.
     """
 
@@ -40,7 +40,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path, self.failure = Path(path), None
         if name := first_not_finite(checkpoint):
-            self.failure = Failure(f"{name} contains numbers that are not finite", diverged=True)
+            self.failure = Failure(f"{name} contains non-finite numbers", diverged=True)
         else:
             try:
                 write_checkpoint(checkpoint, path, self.keep if path == self.last else 1)
@@ -55,16 +55,16 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
 
 def save_checkpoint(trainer: L.Trainer, path: Path) -> Failure | None:
-    """Save a checkpoint. Return on all ranks None, or why it was not written."""
+    """Save a checkpoint. Return the failure on all ranks, or None if it was written."""
     trainer.save_checkpoint(path)
     return from_first_rank(getattr(trainer.strategy.checkpoint_io, "failure", None))
 
 
 class LastCheckpoint(L.Callback):
-    """Saves a checkpoint every n optimizer steps, and after the last step, which may come early (trainer.should_stop).
+    """Saves a checkpoint every n optimizer steps and after the last step, also if training stops early.
 
-    If writing fails, training continues, because the previous checkpoint still exists. After the last step, this is an
-    error. If the weights are not finite, training ends, and the previous checkpoint stays.
+    If writing fails, training continues, because the previous checkpoint still exists; after the last step, this is an
+    error. If the weights are not finite, training ends, and the previous checkpoint is kept.
     """
 
     def __init__(self, path: Path, every_n_steps: int):
@@ -77,7 +77,7 @@ class LastCheckpoint(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
-        # A callback may stop the training between the batches of an optimizer step. That step is not saved.
+        # A callback may stop training between the batches of an optimizer step. The unfinished step is not saved.
         is_last = step == trainer.max_steps or (trainer.should_stop and step > self._step)
         self._step = step
         if (is_last or step % self.every_n_steps == 0) and step > self.saved_at:
@@ -86,7 +86,7 @@ class LastCheckpoint(L.Callback):
     def save(self, trainer: L.Trainer, must: bool) -> None:
         """Save the current step, unless it is already saved.
 
-        must: whether a failed save raises UserError on all ranks. Weights that are not finite always do.
+        must: whether a failed save raises UserError on all ranks. Non-finite weights always do.
         """
         step = trainer.global_step
         if step == self.saved_at:
@@ -101,8 +101,8 @@ class LastCheckpoint(L.Callback):
         problem = f"{self.path}: the checkpoint of step {step} could not be written ({failure.reason}); {last_good}."
         if failure.diverged:
             raise UserError(
-                f"{problem} The training has diverged, and the same command would diverge again. Start another run "
-                "with a lower learning rate, a longer warm-up or gradient clipping; it may start from that checkpoint."
+                f"{problem} The training has diverged, and the same command would diverge again. Start a new run with "
+                "a lower learning rate, a longer warm-up or gradient clipping. It can start from the last checkpoint."
             )
         if must:
             raise UserError(f"{problem} Free some disk space, and run the same command again to resume.")

@@ -36,7 +36,7 @@ from lightning_modules.task_balance import TaskGradients
 
 log = logging.getLogger(__name__)
 
-# Values of a single task. The others compare two tasks.
+# Values of a single task. All other values compare two tasks.
 OF_TASK = ("gradient_norm", "masked_share", "effective_negatives", "mean_cosine", "first_share")
 
 
@@ -45,21 +45,22 @@ class Diagnostics(L.Callback):
 
         diag/<task>/gradient_norm               norm of the gradient with respect to parameters that all tasks share
         diag/<task>/gradient_cosine/<other>     cosine of these gradients of two tasks; below 0 they conflict
-        diag/<task>/transplant/<other>          loss of the task with the expert, prompt or adapter of the other
+        diag/<task>/transplant/<other>          loss of the task with the other task's expert, prompt or adapter
         diag/<task>/masked_share                share of documents that the loss masks: known positives, equal texts,
                                                 documents above a guide's margin, copies from other ranks
         diag/<task>/effective_negatives         perplexity of the softmax over a query's negatives
         diag/<task>/mean_cosine, /first_share   anisotropy of the vectors
         diag/experts/<one>-<other>/distance     relative distance of the parameters of two experts
         diag/experts/<one>-<other>/cosine       cosine of the parameters of two experts
-        diag/stitches/<one>/<other>             weight with which tasks of one expert read another, mean over layers
+        diag/stitches/<one>/<other>             weight of the other expert's output for tasks of one expert, averaged
+                                                over layers
         diag/seconds                            time that the diagnostics took
 
     Training itself is not affected. Each measurement costs T steps without an optimizer, T * T forward passes, and the
     memory of T gradients.
 
-    draw_every_n_steps: number of steps between pictures of the latest transplants, cosines and distances. Another
-        picture is drawn after the last step. 0 draws only that picture.
+    draw_every_n_steps: number of steps between pictures of the latest transplants, cosines and distances. There is
+        always a picture after the last step; with 0, it is the only one.
     picture: SVG file to write. Loggers receive it as diag/experts.
     """
 
@@ -70,8 +71,8 @@ class Diagnostics(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         self.logged_at = self.drawn_at = trainer.global_step
-        source = getattr(trainer.train_dataloader, "batches", None)  # a loader of the user may have none
-        if source is not None:  # a resumed run measures the batches that an undisturbed one would have
+        source = getattr(trainer.train_dataloader, "batches", None)  # a user's own loader may not have it
+        if source is not None:  # a resumed run measures the same batches as an uninterrupted run
             batches = source.last_of_each_task(trainer.global_step * trainer.accumulate_grad_batches)
             self.batches = {task: batch.to(module.device) for task, batch in batches.items()}
 
@@ -113,7 +114,7 @@ class Diagnostics(L.Callback):
             log_picture(trainer.loggers, "diag/experts", self.picture, step)
 
     def _gradients(self, trainer: L.Trainer, module: ContrastiveModule) -> dict[str, float]:
-        """Return norms and cosines of the tasks' gradients; empty if the tasks share no parameters."""
+        """Return norms and cosines of the tasks' gradients, or an empty dict if no parameters are shared."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         gradients, sharded = TaskGradients([slice_of(x) for x in trained], sorted(self.batches)), module.encoder.sharded
         scaler = loss_scaler(trainer)
@@ -133,7 +134,7 @@ class Diagnostics(L.Callback):
         if sharded:
             dist.all_reduce(products)  # each rank has computed the products of its slices
         products = products.cpu()
-        norms = products.diagonal().sqrt()  # times the scale, which the cosines do not depend on
+        norms = products.diagonal().sqrt()  # multiplied by the scale, which cancels in the cosines
         cosines = products / (norms[:, None] * norms).clamp(min=1e-30)
         values = {f"{task}/gradient_norm": norms[i].item() / scale for i, task in enumerate(gradients.tasks)}
         for i, task in enumerate(gradients.tasks):
@@ -143,7 +144,7 @@ class Diagnostics(L.Callback):
 
     @torch.no_grad()
     def _vectors(self, trainer: L.Trainer, module: ContrastiveModule, encoder: Encoder) -> dict[str, float]:
-        """Return transplants and figures on negatives and vectors for each task, computed without dropout."""
+        """Return each task's transplants, and figures on its negatives and vectors, computed without dropout."""
         values: dict[str, float] = {}
         with evaluating(module), trainer.precision_plugin.train_step_context():
             for task in sorted(self.batches):
@@ -181,15 +182,15 @@ def negative_figures(
 
 
 def masked_share(positives: Tensor, masked: Tensor) -> float:
-    """Return the share of documents that are masked, positives aside. positives, masked: (B, M) bool."""
+    """Return the share of non-positive documents that are masked. positives, masked: (B, M) bool."""
     return ((masked & ~positives).sum() / (~positives).sum().clamp(min=1)).item()
 
 
 def effective_negatives(logits: Tensor, excluded: Tensor) -> float:
-    """Return the mean over queries of the perplexity of the softmax over the query's negatives.
+    """Return the perplexity of the softmax over a query's negatives, averaged over queries.
 
-    The perplexity is the number of negatives if all have the same weight, 1 if a single one has all the weight, and 0
-    if there are no negatives.
+    The perplexity is the number of negatives if all have the same weight, 1 if one has all the weight, and 0 without
+    negatives.
 
     logits: scores divided by the temperature, (B, M).
     excluded: documents that are not negatives, (B, M) bool.
@@ -200,17 +201,17 @@ def effective_negatives(logits: Tensor, excluded: Tensor) -> float:
 
 
 def anisotropy(vectors: Tensor) -> tuple[float, float]:
-    """Return the mean cosine of two texts, and the largest squared singular value as a share of the sum.
+    """Return the mean cosine of two texts, and the largest squared singular value divided by the sum of all.
 
-    Both are near 1 if all vectors point in the same direction. The first is from Ethayarajh (arXiv 1909.00512,
-    section 4.1).
+    Both are near 1 if all vectors point in the same direction. The first follows Ethayarajh (arXiv 1909.00512, section
+    4.1).
 
     vectors: vectors of any norm, (U, D).
     """
     vectors = nn.functional.normalize(vectors.double(), dim=1)
     count = len(vectors)
     mean = (vectors.sum(0).square().sum() - count) / max(1, count * (count - 1))
-    gram = vectors.T @ vectors if vectors.shape[1] < count else vectors @ vectors.T  # the smaller of the two
+    gram = vectors.T @ vectors if vectors.shape[1] < count else vectors @ vectors.T  # the smaller one
     squares = torch.linalg.eigvalsh(gram)  # ascending
     return mean.item(), (squares[-1] / squares.sum()).item()
 
@@ -220,7 +221,7 @@ def expert_names(encoder: Encoder) -> tuple[str, ...]:
 
 
 def expert_distances(encoder: Encoder) -> dict[str, float]:
-    """Return the distance between the experts of each pair, relative to the norm of their mean, and their cosine.
+    """Return the cosine of each pair of experts, and their distance relative to the norm of their mean.
 
     The result is empty for an encoder without experts.
     """
@@ -238,7 +239,7 @@ def expert_distances(encoder: Encoder) -> dict[str, float]:
 
 
 def mean_stitches(encoder: Encoder) -> dict[str, float]:
-    """Return the mean over layers of each weight of a CrossStitchEncoder, under EXPERT/OTHER; empty for others."""
+    """Return EXPERT/OTHER -> the weight in a CrossStitchEncoder, averaged over layers; empty for other encoders."""
     if not isinstance(encoder, CrossStitchEncoder):
         return {}
     return {

@@ -50,7 +50,7 @@ class Evaluation(L.Callback):
         self.every_n_steps, self.token_budget, self.path = every_n_steps, token_budget, path
         self.patience, self.num_without_best = patience, 0
         self.best, self.best_step = float("-inf"), 0
-        self.not_written = float("-inf"), 0  # the best mean whose checkpoint could not be written, and its step
+        self.not_written = float("-inf"), 0  # mean and step of the best checkpoint that could not be written
         self.evaluated_at: int | None = None  # all evaluations up to this step are done
 
     def state_dict(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Evaluation(L.Callback):
             self.not_written = tuple(state.get("not_written", self.not_written))
             self.num_without_best = state.get("num_without_best", 0)
         else:
-            log.warning("another metric or benchmark chose the best checkpoint; the next evaluation replaces it")
+            log.warning("a different metric or benchmark chose the best checkpoint; the next evaluation replaces it")
 
     @property
     def names(self) -> list[str]:
@@ -79,14 +79,14 @@ class Evaluation(L.Callback):
         return [*names, f"val/mean/{self.metrics[0]}"]
 
     def _criterion(self) -> list[str]:
-        """Return the metric and benchmarks that choose the best checkpoint. Values of other ones cannot be compared."""
+        """Return the metric and benchmarks that choose the best checkpoint. Only their own means are comparable."""
         return [self.metrics[0], *(benchmark.name for benchmark in self.benchmarks)]
 
     def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         if self.evaluated_at is None:
             self.evaluated_at = trainer.global_step
         self._evaluate_if_due(trainer, module)  # a preempted run may have skipped it
-        self._stop_if_out_of_patience(trainer)  # the run may have been killed after it stopped
+        self._stop_if_out_of_patience(trainer)  # the run may have been killed when it was about to stop
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         if any(isinstance(each, EarlyStopping) and each.stopping_reason.value for each in callbacks):
             trainer.should_stop = True
@@ -97,7 +97,7 @@ class Evaluation(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         mean, step = self.not_written
         if mean > self.best and trainer.is_global_zero:
-            instead = f"{self.path.name} is that of step {self.best_step}" if self.best_step else "there is none"
+            instead = f"{self.path.name} is from step {self.best_step}" if self.best_step else "none was written"
             log.warning("the best checkpoint, of step %d (mean %.4f), could not be written; %s", step, mean, instead)
 
     def _evaluate_if_due(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
@@ -111,7 +111,7 @@ class Evaluation(L.Callback):
                 self._stop_if_out_of_patience(trainer)
                 trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
                 for callback in trainer.callbacks:  # type: ignore[attr-defined]
-                    if not isinstance(callback, ProgressBar):  # Lightning's has a bar for batches of a validation
+                    if not isinstance(callback, ProgressBar):  # Lightning's bar expects a validation loop
                         callback.on_validation_end(trainer, module)
 
     def _stop_if_out_of_patience(self, trainer: L.Trainer) -> None:
@@ -122,9 +122,9 @@ class Evaluation(L.Callback):
                 log.info(message, self.num_without_best, self.best_step)
 
     def _evaluate(self, trainer: L.Trainer, module: ContrastiveModule, may_leave: bool) -> dict[str, float]:
-        """Return the metrics of all benchmarks and the mean of the first one, by their names in the log.
+        """Return log name -> value: the metrics of all benchmarks, and the mean of the first metric.
 
-        may_leave: raise Preempted if a signal asks the run to end.
+        may_leave: whether to raise Preempted if a signal asks the run to end.
         """
         values: dict[str, float] = {}
         encoder = replica(module.encoder)
@@ -171,18 +171,18 @@ class Evaluation(L.Callback):
         self.num_without_best = 0 if mean > max(self.best, self.not_written[0]) else self.num_without_best + 1
         if mean > self.best:
             previous = self.best, self.best_step
-            self.best, self.best_step = mean, step  # before saving, because the checkpoint contains them
+            self.best, self.best_step = mean, step  # set before saving, because the checkpoint contains both
             if save_checkpoint(trainer, self.path):
-                self.best, self.best_step = previous  # not written: a later step may still become the best
+                self.best, self.best_step = previous  # a later step can still become the best checkpoint
                 self.not_written = max(self.not_written, (mean, step))
 
 
 @contextlib.contextmanager
 def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
-    """Exchange the weights for their average, if the trainer has a WeightAveraging callback.
+    """Swap the weights for their average, if the trainer has a WeightAveraging callback.
 
-    Lightning does this only in its validation loop, which is not used here. Without it, the trained weights would
-    choose the best checkpoint, which contains the average.
+    Lightning does this only in its validation loop, which is not used here. Without the swap, the current weights would
+    decide which checkpoint is best, although checkpoints contain the average.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     averages = [callback for callback in callbacks if isinstance(callback, WeightAveraging)]
@@ -196,7 +196,7 @@ def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[
 
 
 class BeforeFirstStep(L.Callback):
-    """Calls a function with the encoder on every rank when training starts, but not when it resumes."""
+    """Calls a function with the encoder, on every rank, when training starts but not when it resumes."""
 
     def __init__(self, function: Callable[[Encoder], None]):
         self.function = function

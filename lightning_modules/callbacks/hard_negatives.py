@@ -37,7 +37,7 @@ class HardNegativeMining(L.Callback):
     Each round of mining has a folder with report.json and report.svg. Earlier folders are kept, because checkpoints may
     need them.
 
-    stop_at: share of likely false negatives above which training stops (see check_false_negatives).
+    stop_at: maximum share of likely false negatives; above it, training stops (see check_false_negatives).
     """
 
     def __init__(self, mining: Mining, first_step: int, every_n_steps: int, stop_at: float | None = None):
@@ -59,7 +59,7 @@ class HardNegativeMining(L.Callback):
         batch = step * trainer.accumulate_grad_batches
         rounds = trainer.datamodule.rounds  # type: ignore[attr-defined]
         if step < trainer.max_steps and rounds.is_planned(batch) and not rounds.has(batch):
-            # After a preemption, the resumed run mines. It reuses the vectors that are already embedded.
+            # If preempted, the resumed run mines instead, and reuses the vectors that are already on disk.
             with contextlib.suppress(Preempted), trainer.precision_plugin.forward_context():
                 self._mine(trainer, module, step, batch)
 
@@ -70,7 +70,7 @@ class HardNegativeMining(L.Callback):
         meta = {"miner": self.mining.description, "model": cache.fingerprint, "data": data.fingerprints(), "step": step}
         documents = module.document_vectors
         meta |= {"document_model": documents.fingerprint if documents else None} | self.mining.judging
-        # The run may have been killed after this mining and before the next checkpoint. One rank decides for all.
+        # The run may have been killed between this mining and the next checkpoint. One rank decides for all.
         values = from_first_rank(_read_finished(data.rounds, name, meta) if trainer.is_global_zero else None)
         if values is not None:
             log.info("step %d: these hard negatives have already been mined", step)
@@ -94,7 +94,7 @@ class HardNegativeMining(L.Callback):
         previous = data.rounds.at(step * trainer.accumulate_grad_batches)
         mined = self.mining.run(cache, self._pools, step, documents)
         for problem in without_negatives(mined):  # early in training, all candidates may score above the positives
-            log.warning("%s. Until the next mining, the task uses the hard negatives of the data", problem)
+            log.warning("%s. Until the next mining, the task uses the hard negatives in its data", problem)
         reports = reports_of(mined, step, previous)
         for line in table(reports):
             log.info("%s", line)
@@ -108,7 +108,7 @@ class HardNegativeMining(L.Callback):
 
 
 def _read_finished(rounds: Any, name: str, meta: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
-    """Return the figures of an earlier mining with these settings, or None if it did not finish or is damaged."""
+    """Return the figures of an earlier mining with these settings, or None if there is no complete, intact one."""
     if rounds.has_store(name, meta):
         with contextlib.suppress(UserError):
             return read_values(rounds.folder / name / "report.json")

@@ -18,12 +18,12 @@ from lightning_modules.distributed.collectives import from_first_rank, rank, wor
 log = logging.getLogger(__name__)
 
 INTERVAL = 0.5  # seconds between two beats
-SILENCE = 3.0  # seconds without a beat after which a rank counts as lost, once a collective operation has failed
+SILENCE = 3.0  # after a collective operation has failed, a rank counts as lost after this many seconds without a beat
 WARNING = 60.0  # seconds without a beat after which a warning is logged, even if nothing has failed
 
 
 class Heartbeat(L.Callback):
-    """Counts beats of every rank in a store of the first rank, from a thread. A killed or stopped rank stops counting.
+    """Counts the beats of every rank in a store on the first rank, from a thread. A killed rank stops counting.
 
     timeout: seconds that collective operations wait for a rank, once all ranks have started.
     """
@@ -88,7 +88,7 @@ class Heartbeat(L.Callback):
             time.sleep(SILENCE)
             now = self._beats()
             silent = [self._name(other) for other in range(self._world) if before[other] == now[other]]
-            # The first answer counts. The rank that gives it then ends, and others would report it as lost, too.
+            # The first answer counts: the rank that gives it then ends, and later answers would list it as lost, too.
             return self._store.compare_set("lost", "", "\n".join(silent)).decode().split("\n") if silent else []
         except RuntimeError:
             return ["rank 0"]

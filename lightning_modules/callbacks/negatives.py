@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 
 class NegativesReport(L.Callback):
-    """Logs how many negatives the queries of each task have in its first batch, without masked documents.
+    """Logs how many negatives the queries in each task's first batch have, not counting masked documents.
 
-    Logs a warning if none has any: the loss is then 0 whatever the vectors are, and the task learns nothing.
+    Logs a warning if no query has any: then the loss is always 0, and the task learns nothing.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class NegativesReport(L.Callback):
         log.info("in the first batch of %s, a query has %s negatives, from %s", batch.task, count, source)
         if most == 0:
             log.warning(
-                "the loss of %s is 0, and it learns nothing, because no query of the batch has a negative; use larger "
+                "%s: the loss is 0 and nothing is learned, because no query in the batch has a negative; use larger "
                 "batches, hard negatives, or more ranks",
                 batch.task,
             )
@@ -50,8 +50,8 @@ class NegativesReport(L.Callback):
 def count_negatives(batch: ContrastiveBatch, options: ObjectiveOptions) -> Tensor:
     """Return the number of negatives of each query of a batch, on all ranks, (B,). All ranks call this.
 
-    With a symmetric loss, the counts of the positive documents follow those of the queries. Documents that only a guide
-    masks count as negatives.
+    With a symmetric loss, these counts are followed by the counts of the positive documents. Documents that only a
+    guide masks count as negatives.
     """
     queries, documents = (torch.zeros(len(rows), 1, device=rows.device) for rows in (batch.queries, batch.documents))
     directions = [query_to_document(queries, documents, batch, options)]
@@ -62,7 +62,7 @@ def count_negatives(batch: ContrastiveBatch, options: ObjectiveOptions) -> Tenso
 
 
 def masked_and_positive(direction: Direction) -> tuple[Tensor, Tensor]:
-    """Return which candidates of each query are masked, and which are its positives, (R, C) bool each."""
+    """Return two masks of each query's candidates, (R, C) bool each: masked documents, and positives."""
     rows = slice(0, len(direction.queries))
     none = direction.positives.new_zeros(len(direction.queries), len(direction.candidates), dtype=torch.bool)
     masked = reduce(torch.logical_or, (mask(rows) for mask in direction.masks), none)

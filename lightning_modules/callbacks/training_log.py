@@ -28,23 +28,23 @@ GIB = 1 << 30
 
 
 class TrainingLog(L.Callback):
-    """Logs every n optimizer steps, for each task: means of the outputs of training_step, and the number of batches.
+    """Logs, every n optimizer steps and for each task, the means of training_step's outputs and the number of batches.
 
-    Each batch has one task, so the values of a single step would not show all tasks.
+    Each batch has one task, so the values of a single step would not cover all tasks.
 
     plain: whether to also log a line of text, for output without a progress bar.
-    peak_tflops: speed of a device that the utilisation is relative to, in TFLOP/s; 0 measures a matrix product.
+    peak_tflops: peak speed of a device, in TFLOP/s, for the utilisation; 0 measures a matrix product.
     """
 
     def __init__(self, every_n_steps: int, plain: bool, peak_tflops: float = 0.0):
         self.every_n_steps, self.plain, self.peak_tflops = every_n_steps, plain, peak_tflops
-        self.latest: dict[str, str] = {}  # what the progress bar shows: last losses, and speed
-        # Since the last row: sum of each output over the batches of a task, and their number.
+        self.latest: dict[str, str] = {}  # values for the progress bar: last losses, and speed
+        # Sums of each output over a task's batches since the last row, and the number of these batches.
         self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.num_batches: Counter[str] = Counter()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the sums since the last row, so that the next row of a resumed run is that of an undisturbed one."""
+        """Return the sums since the last row, so that a resumed run logs the same rows as an uninterrupted run."""
         return {"sums": self._totals(), "num_batches": dict(self.num_batches)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -68,7 +68,7 @@ class TrainingLog(L.Callback):
 
     @staticmethod
     def _waited(trainer: L.Trainer) -> float:
-        """Return the seconds that the loader has waited for batches so far, if it counts them."""
+        """Return the seconds that training has waited for batches so far, or 0 if the loader does not count them."""
         return getattr(trainer.train_dataloader, "waited", 0.0)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -101,7 +101,7 @@ class TrainingLog(L.Callback):
         for task in tasks:
             if not math.isfinite(values[f"train/{task}/loss"]):
                 raise UserError(
-                    f"the loss of {task} is not finite at step {step}: try a lower learning rate, a longer warm-up or "
+                    f"the loss of {task} is not finite at step {step}; try a lower learning rate, a longer warm-up or "
                     "gradient clipping (the last checkpoint before this step may still be good)"
                 )
         losses = {task: f"{values[f'train/{task}/loss']:.3f}" for task in tasks}
@@ -114,7 +114,7 @@ class TrainingLog(L.Callback):
             log.info("step %d/%d  loss: %s  lr %.1e  %s", *numbers)
 
     def _totals(self) -> dict[str, dict[str, float]]:
-        """Return the sums, as means over ranks."""
+        """Return the sums, averaged over ranks."""
         names = [(task, name) for task in sorted(self.sums) for name in sorted(self.sums[task])]
         if not names:
             return {}
@@ -147,11 +147,11 @@ class TrainingBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int:
-        """All batches of the run. Lightning counts the steps that are left, but resumes at the number of the batch."""
+        """Number of batches in the run. Lightning's is too low in resumed runs, because it counts remaining steps."""
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def _get_train_description(self, current_epoch: int) -> str:
-        return "training"  # instead of the epoch: there is only one
+        return "training"  # instead of the epoch, because there is only one
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, str]:
         callbacks = trainer.callbacks  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""A judge that is trained here: a transformer reads "query [SEP] paper" and says how likely the paper is a positive.
+"""A judge that is trained here: a transformer reads "query [SEP] paper" and predicts whether the paper is a positive.
 
-No pair is judged by a model that has seen it. The queries are divided into folds, and each fold is judged by a model
-that was trained on the others: their positives against their mined negatives. False negatives among these are noise.
-Judging labels by predictions of models that have not seen them is confident learning (arXiv 1911.00068).
+No pair is judged by a model that has seen it. The queries are divided into folds, and the judge of each fold is trained
+on the other folds, to tell positives from mined negatives. False negatives among these are label noise. Finding label
+errors with out-of-sample predictions is known as confident learning (arXiv 1911.00068).
 
 Shapes: n pairs of query and paper.
 """
@@ -42,7 +42,7 @@ from lightning_modules.optim import schedule
 log = logging.getLogger(__name__)
 
 WARM_UP = 0.1  # share of the steps in which the learning rate rises
-NUM_CHECKED = 500  # positives of a fold that are scored to log how good the judge is
+NUM_CHECKED = 500  # number of a fold's positives that are scored, to log how good the judge is
 
 
 class CrossEncoderJudge(Judge):
@@ -50,9 +50,11 @@ class CrossEncoderJudge(Judge):
 
     The score is a probability. Each training batch has as many positives as negatives, so 0.5 is undecided.
 
-    model: backbone that training starts from: folder or hub name of a transformer, or package:NAME.
-    folds: number of folds, each judged by a model that is trained on the others.
-    steps: optimizer steps of each model. batch_size: pairs in a batch. lr: peak learning rate of AdamW.
+    model: backbone to start from: folder or hub name of a transformer, or package:NAME.
+    folds: number of folds. Each fold is judged by a model that is trained on the other folds.
+    steps: number of optimizer steps of each model.
+    batch_size: number of pairs in a batch.
+    lr: peak learning rate of AdamW.
     max_length: maximum number of tokens of a pair.
     """
 
@@ -105,13 +107,13 @@ class CrossEncoderJudge(Judge):
                 continue
             trained_on = table.unseen(fold_of_pair != fold, judged)
             model, tokenizer = self._trained(table, trained_on, context.folder / "judges", fold, context.device)
-            scores[judged] = self._predict(model, tokenizer, table, judged)  # mined pairs come first
+            scores[judged] = self._predict(model, tokenizer, table, judged)  # mined pairs are the first rows
             known = np.flatnonzero(~table.is_mined & (fold_of_pair == fold))[:NUM_CHECKED]
             known_scores = self._predict(model, tokenizer, table, known)
             threshold = 0.5 if self.drop_above is None else self.drop_above
             log.info(
-                "judge of fold %d/%d: %.1f%% of the known positives of its queries and %.1f%% of their mined negatives "
-                "score at least %g",
+                "judge of fold %d/%d: %.1f%% of its queries' known positives and %.1f%% of their mined negatives score "
+                "at least %g",
                 *(fold + 1, self.folds, 100 * (known_scores >= threshold).mean()),
                 *(100 * (scores[judged] >= threshold).mean(), threshold),
             )
@@ -120,14 +122,14 @@ class CrossEncoderJudge(Judge):
     def _trained(
         self, table: PairTable, rows: np.ndarray, folder: Path, fold: int, device: torch.device | str
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Return the judge of a fold, from its folder if it was trained before."""
+        """Train the judge of a fold, or load it if it was trained before."""
         settings = {key: value for key, value in self.description.items() if not key.endswith("_above")}
         digest = hashlib.blake2b(json.dumps([settings, fold], sort_keys=True).encode(), digest_size=8)
         for array in (table.keys, table.is_mined, rows):
             digest.update(np.ascontiguousarray(array).data)
         path = folder / digest.hexdigest()
         if (path / "config.json").is_file():
-            log.info("%s: this judge was trained before", path)
+            log.info("%s: using the judge that was trained before", path)
             model, tokenizer = self._load(str(path))
             return model.to(device).eval(), tokenizer
         model, tokenizer = self._load(installed(self.model))
@@ -155,7 +157,9 @@ class CrossEncoderJudge(Judge):
     ) -> None:
         groups = [rows[~table.is_mined[rows]], rows[table.is_mined[rows]]]
         if not all(map(len, groups)):
-            raise UserError(f"folds: the others of fold {fold + 1} have no positives or no mined negatives; use fewer")
+            raise UserError(
+                f"folds: there are no positives or no mined negatives outside fold {fold + 1}; use fewer folds"
+            )
         rng, half = np.random.default_rng([self.seed, fold]), self.batch_size // 2
         targets = torch.cat([torch.ones(half), torch.zeros(half)]).to(model.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.lr, weight_decay=0.01)
@@ -178,7 +182,7 @@ class CrossEncoderJudge(Judge):
     def _predict(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, table: PairTable, rows: np.ndarray
     ) -> np.ndarray:
-        """Return the probabilities of some pairs, (n,). Pairs of similar length are computed together."""
+        """Return the probabilities of some pairs, (n,). A batch has pairs of similar length."""
         scores, order = np.empty(len(rows)), np.argsort([len(a) + len(b) for a, b in table.texts(rows)])
         progress = ProgressLines("judging", "pairs", len(rows))
         for first in range(0, len(rows), 4 * self.batch_size):
@@ -202,13 +206,13 @@ class CrossEncoderJudge(Judge):
 
 @dataclass(frozen=True)
 class PairTable:
-    """The mined pairs of all pools of a task, and then their known positives.
+    """The mined pairs of all pools of a task, followed by the known positives.
 
-    pairs: number of the pool, of the query and of the document, (n, 3).
+    pairs: numbers of the pool, the query and the document, (n, 3).
     query_hashes: hash of each query's text, (n,).
-    keys: hash of the two texts of each pair, (n,), the same in both orders: in link prediction, a paper may be the
-        query of one pair and the document of another.
-    is_mined: (n,) bool.
+    keys: hash of the two texts of each pair, (n,). It ignores their order, because in link prediction, a paper may be
+        the query of one pair and the document of another.
+    is_mined: whether a pair was mined, (n,) bool.
     """
 
     pools: Sequence[Any]
@@ -239,7 +243,7 @@ class PairTable:
         return np.random.default_rng(seed).permutation(len(distinct))[number] % count
 
     def unseen(self, chosen: np.ndarray, judged: np.ndarray) -> np.ndarray:
-        """Return the rows of the chosen pairs, (n,) bool, whose texts are not those of a judged pair."""
+        """Return the rows of chosen pairs, (n,) bool, except pairs with the same texts as a judged pair."""
         return np.flatnonzero(chosen & ~np.isin(self.keys, self.keys[judged]))
 
     def texts(self, rows: np.ndarray) -> Iterator[tuple[str, str]]:

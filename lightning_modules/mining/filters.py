@@ -31,12 +31,12 @@ def text_numbers(corpus: Iterable[Document], queries: Iterable[Document]) -> tup
 
 
 def pair_keys(queries: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return pairs of a query number and a value, (n,) each, as one number per pair."""
+    """Encode pairs of a query number and a value, (n,) each, as one integer per pair."""
     return queries << 32 | np.asarray(values, dtype=np.int64)
 
 
 def contained(rows: np.ndarray, lists: Ragged) -> np.ndarray:
-    """Mask the candidates (Q, k) that are in their query's list."""
+    """Return which candidates are in their query's list, (Q, k) bool."""
     values = lists.values.astype(np.int64)
     span = int(max(rows.max(initial=0), values.max(initial=0))) + 1
     keys = lists.owners * span + values
@@ -54,7 +54,7 @@ def not_known_positive(rows: np.ndarray, positives: Ragged, query_rows: np.ndarr
 def different_text(
     rows: np.ndarray, positives: Ragged, document_texts: np.ndarray, query_texts: np.ndarray
 ) -> np.ndarray:
-    """Keep candidates whose text differs from that of the query and of its positives.
+    """Keep candidates whose text differs from the texts of the query and its positives.
 
     document_texts, query_texts: text numbers, (M,) and (Q,); equal numbers mean equal texts.
     """
@@ -64,7 +64,7 @@ def different_text(
 
 
 def first_of_text(document_texts: np.ndarray) -> np.ndarray:
-    """Mask the documents (M,) that are the first with their text."""
+    """Return which documents are the first with their text, (M,) bool."""
     first = np.zeros(len(document_texts), dtype=bool)
     first[np.unique(document_texts, return_index=True)[1]] = True
     return first
@@ -116,7 +116,8 @@ def sample(
 ) -> np.ndarray:
     """Sample at most `count` of each query's kept candidates without replacement, (Q, k) bool.
 
-    method: "top" for the first ones, "random" for equal probabilities, "softmax" for those of scores / temperature.
+    method: "top" takes the first ones, "random" uses equal probabilities, and "softmax" uses softmax(scores /
+        temperature).
     seeds: seeds of the random generator.
     """
     if count >= scores.shape[1]:

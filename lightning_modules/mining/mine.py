@@ -58,14 +58,14 @@ def mine(
 
     encoder: encoder that scores the candidates; optional without margins if the miner needs no vectors.
     miner: miner that proposes the candidates, by default DenseMiner.
-    similarity: "dot" or "cosine", by default the one that the encoder was trained with, dot if unknown.
+    similarity: "dot" or "cosine"; by default, the similarity that the encoder was trained with, or dot if unknown.
     vectors: cache of the encoder's vectors, by default in memory.
     document_vectors: cache of another model's document vectors, for an encoder trained to encode only queries; by
         default `vectors`.
     guide: cache of a guide model's vectors, for options.guide_margin.
     pools: pools of all tasks, for miners that use other tasks.
     seeds: sampling seeds.
-    prepared: data to compute only once for the pool, such as an index. Pass the same dict to the next call.
+    prepared: cache of data that is computed once per pool, such as an index. Pass the same dict to each call.
     Raises UserError if the options do not fit the pool, or the encoder is missing.
     """
     miner, options = miner or DenseMiner(), options or MiningOptions()
@@ -76,8 +76,8 @@ def mine(
         if encoder is None:
             reason = type(miner).__name__ if miner.needs_vectors else "a margin"
             raise UserError(
-                f"{reason} needs an encoder; give one, or choose a miner that needs none and set relative_margin and "
-                "absolute_margin to null"
+                f"{reason} needs an encoder; provide one, or choose a miner without an encoder and set relative_margin "
+                "and absolute_margin to null"
             )
         similarity = similarity or encoder.similarity or "dot"
         cache = vectors or VectorCache(encoder, similarity=similarity)
@@ -99,7 +99,7 @@ def mine(
 
 
 def _check_pool(pool: MiningPool, options: MiningOptions) -> None:
-    """Raise UserError if nothing can be mined from a pool. Warn if all of its documents are candidates."""
+    """Raise UserError if nothing can be mined from a pool. Log a warning if all of its documents are candidates."""
     for name, texts in (("documents", pool.corpus), ("queries", pool.queries)):
         if not len(texts):
             raise UserError(f"{pool.name}: nothing to mine, because it has no {name}")
@@ -115,7 +115,7 @@ def _check_pool(pool: MiningPool, options: MiningOptions) -> None:
 class Mining:
     """Mine hard negatives for all tasks of a training run.
 
-    miners: task -> miner. Other tasks are not mined.
+    miners: task -> miner. Tasks without a miner are not mined.
     folder: folder of cached vectors.
     similarity: similarity that the encoder is trained with.
     token_budget: maximum number of tokens per forward pass.
@@ -154,7 +154,7 @@ class Mining:
 
     @property
     def judging(self) -> dict[str, Any]:
-        """Description of the judges, as an entry of a store's meta: None without a judge, as in older stores."""
+        """Description of the judges, for the meta of a store. Without judges it is None, to match older stores."""
         return {"judges": {task: judge.description for task, judge in self.judges.items()} or None}
 
     @property
@@ -216,7 +216,7 @@ class Mining:
 
 
 def without_negatives(mined: Mapping[str, Mined]) -> Iterator[str]:
-    """Yield a message about each task for which no hard negatives are left."""
+    """Yield a message for each task without remaining hard negatives."""
     for task, result in mined.items():
         if len(result.kept().negatives.documents):
             continue

@@ -1,4 +1,4 @@
-"""The result of mining: hard negatives with figures for the report, joined over blocks of queries and pools.
+"""The result of mining: hard negatives with statistics for the report, joined over query blocks and pools.
 
 Shapes: j negatives of all queries together.
 """
@@ -22,12 +22,12 @@ class Mined:
     """Hard negatives of some queries of a pool, or of all pools of a task, with statistics for the report.
 
     negatives: hard negatives of each query.
-    margins: score of the positive minus that of the negative, (j,); NaN without an encoder.
+    margins: score of the positive minus the score of the negative, (j,); NaN without an encoder.
     held_out: whether a split other than train judges the negative relevant, (j,) bool.
     texts: text number of each negative, (j,); equal numbers mean equal texts.
     num_candidates: number of candidates before first_rank and the margins are applied.
-    num_above: number of these that score above the positive.
-    relabelled: what a judge did, if there is one.
+    num_above: number of these candidates that score above the positive.
+    relabelled: decisions of the judge, if there is one.
     """
 
     negatives: MinedNegatives
@@ -39,7 +39,7 @@ class Mined:
     relabelled: Relabelled | None = None
 
     def kept(self) -> Mined:
-        """Return only the documents that are negatives, according to the judge."""
+        """Return only the documents that the judge kept as negatives."""
         negatives = self.negatives
         if negatives.labels is None:
             return self
@@ -85,7 +85,7 @@ def joined(parts: Sequence[Mined]) -> Mined:
 
 
 def unrated(negatives: MinedNegatives, pools: Sequence[MiningPool]) -> Mined:
-    """Return stored negatives of a task as a result of mining, without scores of a model.
+    """Return a task's stored negatives as a result of mining, without model scores.
 
     pools: pools of the task.
     """

@@ -45,7 +45,7 @@ class MiningContext:
 
 
 class Miner(ABC):
-    """Rank documents for queries. If needs_vectors, the scores are the model's; else they may be on any scale."""
+    """Rank documents for queries. With needs_vectors, scores are the model's; otherwise, they can have any scale."""
 
     needs_vectors: ClassVar[bool] = False
 
@@ -96,7 +96,7 @@ class RankBandMiner(DenseMiner):
                 f"first: expected a rank below the number of documents of {pool.name}, {rows.shape[1]}, got "
                 f"{self.first}"
             )
-        rows[:, : self.first] = -1  # not removed, so that columns are still ranks
+        rows[:, : self.first] = -1  # kept as padding, so that columns are still ranks
         return rows, scores
 
 
@@ -138,13 +138,13 @@ class RelatedMiner(Miner):
 
     @abstractmethod
     def relations(self, pool: MiningPool, context: MiningContext) -> Any:
-        """Return what `related` needs of a pool. It is computed once."""
+        """Return the data that `related` needs for a pool. It is computed once."""
 
     @abstractmethod
     def related(self, relations: Any, query: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the rows of the documents that are related to a query, and their scores, (n,) each.
 
-        Of documents with equal scores, the first one ranks first.
+        Documents with equal scores keep their order.
         """
 
     def rank(self, pool, queries, k, context):
@@ -160,7 +160,7 @@ class RelatedMiner(Miner):
 
 
 class TwoHopMiner(RelatedMiner):
-    """Rank documents that are two links away from the query. Their score is the number of paths.
+    """Rank documents that are two links away from the query, by the number of paths to them.
 
     `relations` returns the links: the intermediate nodes of each query, and the document rows of each node.
     """
@@ -229,7 +229,7 @@ class RandomWalkMiner(RelatedMiner):
 class LabelsOfCitedMiner(TwoHopMiner):
     """Take labels of papers that the query cites (SciMult, section 3.4).
 
-    Citations come from the link prediction pools, whose papers must have the same ids.
+    Citations come from the link prediction pools, which must use the same paper ids.
     """
 
     def relations(self, pool, context):
@@ -245,8 +245,8 @@ class LabelsOfCitedMiner(TwoHopMiner):
         ]
         if not any(len(hops) for hops in first_hops):
             raise UserError(
-                f"{pool.name}: LabelsOfCitedMiner takes citations from link_prediction tasks, but none of these "
-                "citations is between two papers of this collection"
+                f"{pool.name}: LabelsOfCitedMiner needs citations from a link_prediction task, but no citation links "
+                "two papers of this collection; check that both tasks use the same paper ids"
             )
         return first_hops, dict(enumerate(positives_of(pool)))
 
@@ -299,7 +299,7 @@ class SharingMiner(RelatedMiner):
 
 @dataclass(frozen=True)
 class _SharedValues:
-    """Values of each query, the queries of each value, and the document rows that each query adds as candidates."""
+    """Values of each query, queries with each value, and rows of the documents that each query adds as candidates."""
 
     values: list[list[str]]
     queries_of_value: Mapping[str, np.ndarray]

@@ -10,7 +10,7 @@ from datamodules.options import option
 
 @dataclass
 class MiningOptions:
-    """Which candidates become hard negatives. The filters apply in the order of the fields."""
+    """Filters and sampling of hard negatives. The filters apply in the order of the fields."""
 
     k: int = option(100, "number of candidates per query", above=0, maximum=1_000_000)
     num_negatives: int = option(

@@ -44,7 +44,7 @@ def pairs_of(mined: MinedNegatives, pool: MiningPool) -> Pairs:
 
 
 class Verdict(NamedTuple):
-    """Decisions on the pairs of a pool, as indices of LABELS, and the judge's scores, NaN for none; (j,) each."""
+    """Decisions on the pairs of a pool, as indices of LABELS, and the judge's scores or NaN, (j,) each."""
 
     labels: np.ndarray
     scores: np.ndarray
@@ -65,17 +65,17 @@ class JudgeContext:
 
 
 class Judge(ABC):
-    """Decide on mined negatives by a score: those of at least positive_above become positives.
+    """Decide on mined negatives by a score. Higher scores mean more relevant documents.
 
-    drop_above: score from which a document is not a negative; null for never.
-    positive_above: score from which it is a positive; null for never.
+    drop_above: drop documents with at least this score; null drops none.
+    positive_above: turn documents with at least this score into positives; null turns none.
     """
 
     def __init__(self, drop_above: float | None, positive_above: float | None):
         if drop_above is not None and positive_above is not None and positive_above < drop_above:
             raise UserError(
-                f"positive_above: expected at least drop_above, {drop_above}, got {positive_above}: the higher the "
-                "score, the more relevant is the document"
+                f"positive_above: expected at least drop_above, {drop_above}, got {positive_above}; the higher the "
+                "score, the more relevant the document"
             )
         self.drop_above, self.positive_above = drop_above, positive_above
 
@@ -86,7 +86,7 @@ class Judge(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """Hash of the model or file that the decisions come from."""
+        """Hash of the model or file that makes the decisions."""
 
     @property
     def description(self) -> dict[str, Any]:
@@ -140,11 +140,11 @@ class GuideJudge(Judge):
 
 
 class FileJudge(Judge):
-    """Take judgements from a file: those of people, or of a model that is not run here.
+    """Take judgements from a file, such as judgements of people, or of a model that is not run here.
 
-    Each line has the ids of a query and a paper, and a label (keep, drop, positive) or a score. In a .tsv file they are
-    three columns, elsewhere a JSON object: {"query": "q1", "paper": "d7", "label": "drop"} or {..., "score": 0.9}.
-    Documents without a judgement are kept.
+    Each line has the ids of a query and a paper, and a label (keep, drop, positive) or a score. In a .tsv file, these
+    are three columns; in other files, a JSON object: {"query": "q1", "paper": "d7", "label": "drop"} or {..., "score":
+    0.9}. Documents without a judgement are kept.
     """
 
     def __init__(self, path: str, drop_above: float | None = 0.5, positive_above: float | None = None):
@@ -181,15 +181,15 @@ class FileJudge(Judge):
         for number, query, paper, value in self._lines():
             where = f"{self.path}:{number}"
             if not any(query in known for known in queries):
-                raise UserError(f"{where}: unknown query {query!r}: expected the id of a query of the train split")
+                raise UserError(f"{where}: unknown query {query!r}; expected the id of a training query")
             if not any(query in q and paper in p for q, p in zip(queries, papers, strict=True)):
-                raise UserError(f"{where}: unknown paper {paper!r}: expected an id in the corpus of query {query!r}")
+                raise UserError(f"{where}: unknown paper {paper!r}; expected an id in the corpus of query {query!r}")
             if (before := judgements.setdefault((query, paper), value)) != value:
-                raise UserError(f"{where}: {query!r}, {paper!r}: got {value!r}, but {before!r} before; keep one")
+                raise UserError(f"{where}: {query!r}, {paper!r}: got {value!r} here, but {before!r} earlier; keep one")
         return judgements
 
     def _lines(self) -> Iterator[tuple[int, str, str, str | float]]:
-        """Yield number, query, paper, and label or score of each line that is not empty."""
+        """Yield the line number, query, paper, and label or score of each non-empty line."""
         is_tsv = Path(self.path).suffix == ".tsv"
         form = "three columns:" if is_tsv else "a JSON object with"
         for number, line in enumerate(self._content.replace("\r\n", "\n").split("\n"), start=1):
@@ -236,7 +236,7 @@ def relabel(mined: MinedNegatives, judge: Judge, task: str, context: JudgeContex
 
 
 def _examples(pairs: Sequence[Pairs], verdicts: Sequence[Verdict], label: int) -> list[dict[str, Any]]:
-    """Return the pairs with a label that have the highest scores, at most NUM_EXAMPLES."""
+    """Return the NUM_EXAMPLES highest-scoring pairs with a label."""
     examples: list[dict[str, Any]] = []
     for (pool, queries, documents), verdict in zip(pairs, verdicts, strict=True):
         rows = np.flatnonzero(verdict.labels == label)

@@ -16,16 +16,16 @@ from datamodules.records import MinedNegatives, UserError, reason
 from lightning_modules.mining.filters import pair_keys
 from lightning_modules.pictures import BLUE, RED, box, document, text
 
-if TYPE_CHECKING:  # they import torch, which commands that read a report do not need
+if TYPE_CHECKING:  # both import torch, which commands that only read reports do not need
     from lightning_modules.mining.mined import Mined
     from lightning_modules.mining.relabel import Relabelled
 
 NUM_BINS = 24
 WIDTH, HEIGHT, GAP = 420, 160, 46  # size of a histogram and the space below it, in pixels
-# Meaning of each figure, which is logged as mine/<task>/<name>. Shares are between 0 and 1.
+# Meaning of each figure, logged as mine/<task>/<name>. Shares are between 0 and 1.
 FIGURES = {
     "negatives": "mean number of negatives per query",
-    "without": "share of queries without negatives (they use those of the data)",
+    "without": "share of queries without mined negatives (they use the data's)",
     "false_negative_rate": "share above the positive or judged relevant in other splits; an estimate",
     "revealed": "  judged relevant in other splits",
     "above_positive": "  above the positive",
@@ -49,7 +49,7 @@ class TaskReport:
     values: name in FIGURES -> figure.
     histogram: counts (NUM_BINS,) and edges (NUM_BINS + 1,) of the margins; both empty without an encoder.
     removed: filter -> number of candidates that it removed.
-    relabelled: what a judge did, if there is one. The values are those of the negatives that it kept.
+    relabelled: decisions of the judge, if there is one. `values` then describe only the negatives that it kept.
     """
 
     values: Mapping[str, float]
@@ -59,7 +59,7 @@ class TaskReport:
 
 
 def report(mined: Mined, step: int, previous: MinedNegatives | None = None, previous_step: int = 0) -> TaskReport:
-    """Return the report on a task. previous: negatives in use so far, mined at previous_step."""
+    """Return the report on a task. previous: negatives that were in use until now, mined at previous_step."""
     all_mined, mined = mined.negatives, mined.kept()
     negatives = mined.negatives
     counts, total = np.diff(negatives.starts), len(negatives.documents)
@@ -90,13 +90,13 @@ def report(mined: Mined, step: int, previous: MinedNegatives | None = None, prev
 
 
 def reports_of(mined: Mapping[str, Mined], step: int, previous: Any = None) -> dict[str, TaskReport]:
-    """Return the report on each task. previous: HardNegativeStore in use so far, if any."""
+    """Return the report on each task. previous: HardNegativeStore that was in use until now, if any."""
     tasks, since = (previous.tasks, previous.meta["step"]) if previous else ({}, 0)
     return {task: report(result, step, tasks.get(task), since) for task, result in mined.items()}
 
 
 def _pairs(starts: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Return the distinct (query, value) pairs, each as one number."""
+    """Return the distinct (query, value) pairs, encoded as integers."""
     return np.unique(pair_keys(Ragged(starts, values).owners, values))
 
 

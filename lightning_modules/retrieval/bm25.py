@@ -19,14 +19,15 @@ class Bm25Index:
 
         logging.getLogger("bm25s").setLevel(logging.WARNING)  # the import sets it to DEBUG
         words = _tokenize(documents)
-        self.index = bm25s.BM25() if words.vocab else None  # None if no document has a word
+        self.index = bm25s.BM25() if words.vocab else None  # None if no document has any words
         if self.index is not None:
             self.index.index(words, show_progress=False)
 
     def top_k(self, queries: Sequence[Document], k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the k best documents of each query, best first: rows (Q, k) int64 and scores (Q, k).
 
-        Documents that share no word with the query are not retrieved; row -1 takes their place.
+        Documents that share no word with the query are replaced by row -1.
+
         k: number of documents per query, at most M.
         """
         if self.index is None or not len(queries):
@@ -35,7 +36,7 @@ class Bm25Index:
         return np.where(scores > 0, rows.astype(np.int64), -1), scores
 
     def scores(self, queries: Iterable[Document], rows: np.ndarray) -> np.ndarray:
-        """Return the scores (Q, w) of each query with the documents in its rows (Q, w); 0 for row -1."""
+        """Return the scores (Q, w) of each query with the documents in its rows (Q, w); row -1 scores 0."""
         scores = np.zeros(rows.shape, dtype=np.float32)
         for query, query_rows, query_scores in zip(queries, rows, scores, strict=True):
             words = _tokenize([query], return_ids=False)[0]

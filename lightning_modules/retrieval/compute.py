@@ -11,14 +11,14 @@ from torch import nn
 
 from datamodules.records import UserError
 
-# Maximum number of tokens per forward pass. A CPU is fastest when they fit into its cache.
+# Maximum number of tokens per forward pass. A CPU is fastest if they fit into its cache.
 TOKEN_BUDGETS = {"cpu": 2048, "cuda": 65536}
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # type of matrix products, where it is not float32
-TF32_CAPABILITY = (8, 0)  # GPUs have TF32 from Ampere on
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # types of matrix products other than float32
+TF32_CAPABILITY = (8, 0)  # Ampere, the first GPUs with TF32
 
 
 def default_device(number: int | None = None) -> torch.device:
-    """Return a GPU if there is one, else the CPU. number: index of the GPU, by default that of this process."""
+    """Return a GPU if there is one, else the CPU. number: index of the GPU, by default the current GPU's."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device() if number is None else number % torch.cuda.device_count())
@@ -27,7 +27,7 @@ def default_device(number: int | None = None) -> torch.device:
 def resolve_device(name: str = "auto") -> torch.device:
     """Return the device with a name: "auto" (default_device), "cpu", "cuda" or "cuda:N".
 
-    Raises UserError for another name, or if this machine has no such device.
+    Raises UserError for any other name, or if this machine does not have the device.
     """
     if name == "auto":
         return default_device()
@@ -42,7 +42,7 @@ def resolve_device(name: str = "auto") -> torch.device:
 
 
 def describe_device(device: torch.device | str) -> str:
-    """Return a device for the log: "cpu", or "cuda:0 (NVIDIA H100)"."""
+    """Describe a device for the log: "cpu", or "cuda:0 (NVIDIA H100)"."""
     device = torch.device(device)
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
@@ -55,8 +55,9 @@ def default_token_budget(device: torch.device | str) -> int:
 def resolve_precision(precision: str, device: torch.device | str) -> str:
     """Return "fp32", "tf32", "bf16" or "fp16". "auto" means bf16 on GPUs with native support and on CPUs with AMX.
 
-    tf32 means fp32 on hardware without TF32. bf16 instructions alone (avx512_bf16) do not make a CPU fast. On one such
-    CPU, matrix products were 2.5 times as fast as in fp32, on another 0.55 times as fast. bf16_speed measures this.
+    On hardware without TF32, "tf32" becomes "fp32". For CPUs, bf16 instructions alone (avx512_bf16) are not enough: on
+    one such CPU, matrix products were 2.5 times as fast as in fp32, but on another only 0.55 times. bf16_speed measures
+    this.
     """
     on_gpu = torch.device(device).type == "cuda"
     if precision == "tf32" and not (on_gpu and torch.cuda.get_device_capability() >= TF32_CAPABILITY):
@@ -69,7 +70,7 @@ def resolve_precision(precision: str, device: torch.device | str) -> str:
 
 @contextlib.contextmanager
 def computing_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Compute forward passes in this precision, whatever the surrounding code has set."""
+    """Compute forward passes in this precision, regardless of the surrounding code's settings."""
     resolved = resolve_precision(precision, device)
     dtype = AUTOCAST.get(resolved)
     autocast = torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None)
@@ -79,7 +80,7 @@ def computing_in(precision: str, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def matrix_products_in(precision: str) -> Iterator[None]:
-    """Let float32 matrix products on a GPU use TF32 (10 bits of mantissa) if precision is "tf32", and not otherwise."""
+    """Let float32 matrix products on a GPU use TF32 (10 bits of mantissa) only if precision is "tf32"."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
@@ -101,7 +102,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def active_precision(device: torch.device) -> str:
-    """Return the precision of the active autocast, or without one "fp32", or "tf32" if matrix products may use it."""
+    """Return the dtype of the active autocast, such as "bf16". Without autocast, it is "tf32" if enabled, or "fp32"."""
     if not torch.is_autocast_enabled(device.type):
         return "fp32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
     dtype = torch.get_autocast_dtype(device.type)

@@ -2,14 +2,14 @@
 
     FOLDER/about.json          settings that determine the vectors: model, tasks, precision, ...
     FOLDER/00000.TASK.npy      vectors of the first shard for a task, (n, D)
-    FOLDER/00000.json          its ids, and hashes of its texts and vectors; written last, to mark it complete
+    FOLDER/00000.json          ids, and hashes of texts and vectors; written last, to mark the shard as complete
 
     MATRIX.npy                 vectors of the whole corpus, (M, D)
     MATRIX.npy.ids.txt         M ids, one per line
     MATRIX.npy.json            model, task, similarity, precision, count, ...
 
-An index has the same .ids.txt and .json files next to it. A batch never mixes shards, so the bits of a shard do not
-depend on how processes divide the work. Processes share nothing but the folder.
+An index has the same .ids.txt and .json files next to it. Batches never mix shards, so the bits of a shard do not
+depend on how processes divide the work. Processes share only the folder.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from lightning_modules.retrieval.vector_cache import text_hash
 
 log = logging.getLogger(__name__)
 
-# Metadata that searches need.
+# Metadata that a search needs.
 KEYS = dict.fromkeys(("model", "name", "task", "similarity", "input", "on_error"), str) | {"count": int}
 FORMER_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # names that earlier versions wrote
 
@@ -51,14 +51,14 @@ def embed_shards(
     token_budget: int | None = None,
     advance: Advance | None = None,
 ) -> Iterator[tuple[int, Sequence[Document], dict[str, np.ndarray]]]:
-    """Yield each shard with its vectors (n, D) for each task. The next shard is read and tokenised meanwhile.
+    """Yield each shard with its vectors (n, D) for each task, while the next shard is read and tokenised.
 
     shards: number and texts of each shard.
     tasks: name in the result -> task of the encoder.
     similarity: "cosine" normalises the vectors.
     dtype: type of the result, "float32" or "float16".
     token_budget: maximum number of tokens per forward pass.
-    Raises UserError for vectors that are not finite, or overflow in float16.
+    Raises UserError for vectors that are not finite or overflow in float16.
     """
     read: deque[tuple[int, Sequence[Document]]] = deque()
 
@@ -84,7 +84,7 @@ class ShardFolder:
     """The shards of one corpus.
 
     metadata: settings that determine the vectors, in plain containers.
-    Raises UserError if the folder is unusable or its shards were made with other settings.
+    Raises UserError if the folder is unusable, or if its shards were made with different settings.
     """
 
     def __init__(self, folder: Path, metadata: Mapping[str, Any]):
@@ -98,8 +98,8 @@ class ShardFolder:
         stored["precision"] = FORMER_PRECISIONS.get(str(stored.get("precision")), stored.get("precision"))
         if changed := changes(stored, self.metadata):
             raise UserError(
-                f"{folder}: contains vectors made with other settings ({'; '.join(changed)}); choose another output, "
-                "or delete the folder"
+                f"{folder}: contains vectors made with different settings ({'; '.join(changed)}); choose another "
+                "output, or delete the folder"
             )
 
     def has(self, number: int, documents: Sequence[Document]) -> bool:
@@ -152,14 +152,17 @@ class ShardFolder:
             _write_json(self._record_path(number), record)
 
     def missing(self, count: int) -> list[int]:
-        """Return which of the first `count` shards are not complete yet."""
+        """Return the numbers of incomplete shards among the first `count`."""
         return [number for number in range(count) if not self._record_path(number).is_file()]
 
     def merge(self, task: str, count: int, path: Path, source: Mapping[str, Any]) -> int:
         """Merge all `count` shards for a task into one matrix (M, D), and return M.
 
-        path: file of the matrix; not rewritten if it is up to date and intact. source: further metadata of the matrix.
-        Only one shard is in memory at a time. Raises UserError for a shard that is missing or damaged.
+        Only one shard is in memory at a time. A matrix that is up to date and intact is not written again.
+
+        path: file of the matrix.
+        source: additional metadata of the matrix.
+        Raises UserError if a shard is missing or damaged.
         """
         records: list[dict[str, Any]] = []
         for number in range(count):
@@ -198,7 +201,7 @@ def _array_hash(array: np.ndarray) -> str:
 
 
 def _is_merged(path: Path, metadata: Mapping[str, Any], shards: Sequence[tuple[list[str], str]]) -> bool:
-    """Return whether a matrix consists of these shards. Logs a warning if it says so, but a file is damaged.
+    """Return whether a matrix consists of these shards. If only its metadata does, log a warning: a file is damaged.
 
     shards: ids of each shard, and the hash of its vectors.
     """
@@ -223,8 +226,8 @@ def _is_merged(path: Path, metadata: Mapping[str, Any], shards: Sequence[tuple[l
 class Matrix:
     """The vectors (M, D) of a corpus, memory-mapped from a .npy file.
 
-    metadata: model, task and settings of the vectors, and their count.
-    Raises UserError if a file is missing or damaged, or does not match the others.
+    metadata: model, task, settings and number of the vectors.
+    Raises UserError if a file is missing or damaged, or if the files do not match each other.
     """
 
     def __init__(self, path: Path):
@@ -245,7 +248,7 @@ class Matrix:
 
 
 def open_matrix(path: Path, task: str = "") -> Matrix:
-    """Open a matrix: a .npy file, or a task's file in a folder. `task` may be left out if the folder has only one."""
+    """Open a matrix: a .npy file, or a task's file in a folder. `task` is optional if the folder has only one file."""
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; expected vectors of papers")
     if not path.is_dir():
@@ -261,8 +264,8 @@ def open_matrix(path: Path, task: str = "") -> Matrix:
 def read_metadata(path: Path, others: Mapping[str, type] = MappingProxyType({})) -> dict[str, Any]:
     """Return the metadata of a matrix or an index.
 
-    others: types of further keys that it must have.
-    Raises UserError if it is missing or damaged, or if the file or its ids are not what was written.
+    others: types of additional required keys.
+    Raises UserError if the metadata are missing or damaged, or if the file or its ids changed after writing.
     """
     metadata = read_json(_sidecar(path, ".json"), {**KEYS, **others}, hint="")
     written = metadata.pop("written", {})  # earlier versions recorded nothing
@@ -290,7 +293,7 @@ def write_metadata(path: Path, ids: Sequence[str], metadata: Mapping[str, Any]) 
 
 
 def _content(path: Path) -> list[int]:
-    """Return the size of a file, and the checksum of one that is not large."""
+    """Return the size of a file and, unless it is large, its checksum."""
     size = path.stat().st_size
     return [size, checksum(path)] if size <= CHECKED else [size]
 

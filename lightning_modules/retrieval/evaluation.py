@@ -43,7 +43,7 @@ JUDGE_BLOCK = 2**22  # ranked documents judged at a time
 
 Stage = Literal["encode", "rank", "learn"]
 StageAdvance = Callable[[Stage, int, int], None]
-STAGES: Mapping[Stage, tuple[str, str]] = {  # stage -> verb, and what it counts
+STAGES: Mapping[Stage, tuple[str, str]] = {  # stage -> verb and unit, for the log
     "encode": ("encodes", "texts"),
     "rank": ("ranks", "pairs"),
     "learn": ("learns", "draws"),
@@ -57,7 +57,7 @@ class QueryValues:
     metrics: names of the ranking metrics.
     queries: positions of the queries in the benchmark, ascending, (q,).
     values: value of each ranking metric, (q, n).
-    documents, scores: the top document of each query and its score, (q, 1), or for a probe all predictions, (q, p).
+    documents, scores: the top document of each query and its score, (q, 1); for a probe, all predictions, (q, p).
     Documents are padded with -1. Metrics of classes and numbers are computed from these arrays.
     """
 
@@ -73,11 +73,12 @@ class BenchmarkResult:
     """The result of one system on one benchmark.
 
     metrics: mean of each metric over all queries of all ranks; in few-shot learning, averaged over the draws.
-    similarity: "dot", "cosine", "l2" or "bm25"; for a probe its linear model, "svm" or "svr".
+    similarity: "dot", "cosine", "l2" or "bm25"; for a probe, its linear model, "svm" or "svr".
     num_texts: number of encoded documents and queries.
     seconds: seconds that this rank spent in each stage: "encode", "rank" (which includes learning) and "metrics".
-    run: rankings of this rank's share of the queries. query_values: measurements of the queries of all ranks.
-    draws: metrics of each draw of training papers in few-shot learning, which has neither run nor query_values.
+    run: rankings of this rank's share of the queries; None in few-shot learning.
+    query_values: measurements of the queries of all ranks; None in few-shot learning.
+    draws: metrics of each draw of training papers in few-shot learning.
     """
 
     benchmark: Benchmark
@@ -101,7 +102,7 @@ class BenchmarkResult:
     def write(self, folder: Path, system: str) -> None:
         """Write the rankings, the values of each query and the judgements. All ranks must call this.
 
-        system: name of what was evaluated, used in the names of the files.
+        system: name of the evaluated system, used in the names of the files.
         """
         whole_run = None if self.run is None else gather_run(self.run)
         if rank() != 0:
@@ -135,7 +136,7 @@ def evaluate(
     """Evaluate an encoder on a benchmark. All ranks must call this.
 
     metrics: names of the metrics, unless the benchmark has its own.
-    similarity: "dot", "cosine" or "l2", unless the benchmark has its own; by default as in training, dot if unknown.
+    similarity: "dot", "cosine" or "l2", unless the benchmark has its own; by default as in training, or dot if unknown.
     token_budget: maximum number of tokens per forward pass.
     vectors: source of the encoder's vectors; by default they are computed and not kept.
     document_vectors: cache of another model's document vectors, for an encoder trained to encode only queries; by
@@ -184,7 +185,7 @@ def rank_benchmark(
 ) -> Run:
     """Rank the documents for this rank's share of a benchmark's queries (every world_size-th one), without measuring.
 
-    advance: called with the number of texts encoded since the last call. The others are as in evaluate().
+    advance: called with the number of texts encoded since the last call. All other arguments are as in evaluate().
     """
     benchmark = benchmark.without_blank()
     similarity = _similarity_of(encoder, benchmark, similarity)
@@ -193,12 +194,12 @@ def rank_benchmark(
 
 
 def _similarity_of(encoder: Encoder, benchmark: Benchmark, similarity: str | None) -> str:
-    """Return the benchmark's own similarity, or else the one asked for, or else that of the encoder's training."""
+    """Return the similarity of the benchmark, or else the requested one, or else the one used in training."""
     return check_choice("similarity", benchmark.similarity or similarity or encoder.similarity or "dot", SIMILARITIES)
 
 
 def _checked_metrics(benchmark: Benchmark, metrics: Sequence[str]) -> tuple[str, ...]:
-    """Return the metrics of an evaluation. Raises UserError for one that is unknown or does not apply to it."""
+    """Return the metrics of an evaluation. Raises UserError if one is unknown or does not apply to the benchmark."""
     metrics = tuple(benchmark.metrics or metrics)
     if not metrics:
         raise UserError(f"{benchmark.name}: metrics is empty; name at least one")
@@ -221,7 +222,7 @@ def _encode(
     source = vectors if document_vectors is None or benchmark.training is not None else document_vectors
     task = source.encoder.document_task(benchmark.task) if benchmark.training is None else benchmark.task
     values = benchmark.encoded_documents.values()
-    texts = values if isinstance(values, Sequence) else list(values)  # a stored collection has a sequence
+    texts = values if isinstance(values, Sequence) else list(values)  # stored collections already have a sequence
     documents = source.vectors(texts, task, benchmark.name, advance)
     query_ids = list(benchmark.queries)[rank() :: world_size()]
     queries = vectors.vectors_of_rank(list(benchmark.queries.values()), benchmark.task, benchmark.name, advance)
@@ -269,12 +270,12 @@ def _counter(advance: StageAdvance, stage: Stage, total: int) -> Callable[[int],
 
 
 def measure(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> dict[str, float]:
-    """Return the mean of each metric over the queries of all ranks. run: this rank's share of them."""
+    """Return the mean of each metric over the queries of all ranks. run: rankings of this rank's share."""
     return mean_metrics(gather_query_values(measure_queries(run, benchmark, metrics)), benchmark, metrics)
 
 
 def ranking_depth(metrics: Sequence[str], benchmark: Benchmark) -> int:
-    """Return the number of documents to rank per query: the deepest cut-off of the metrics, at most all candidates."""
+    """Return the number of documents to rank per query: the deepest cut-off, but at most the number of candidates."""
     cut_offs = [parse_metric(name) for name in metrics]
     most_relevant = max((sum(g > 0 for g in grades.values()) for grades in benchmark.qrels.values()), default=1)
     deepest = max(most_relevant if name == "r_precision" else cut_off for name, cut_off in cut_offs)
@@ -286,8 +287,7 @@ def ranking_depth(metrics: Sequence[str], benchmark: Benchmark) -> int:
 def measure_queries(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> QueryValues:
     """Measure the queries of a run.
 
-    Raises UserError if no query has a relevant document, or if any query has none and benchmark.without_relevant is
-    "error".
+    Raises UserError if no query has a relevant document. With without_relevant="error", every query needs one.
     """
     names = tuple(name for name in metrics if name not in CLASS_METRICS and name not in NUMBER_METRICS)
     positions = positions_of(list(benchmark.queries))
@@ -296,7 +296,7 @@ def measure_queries(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> Q
         _check_relevant(benchmark)
         values, is_counted = _ranking_values(run, benchmark, names)
         width = 1
-    else:  # a probe may predict no label, so queries without labels still count
+    else:  # predicting no labels can be correct, so queries without labels still count
         values, is_counted = np.zeros((len(queries), 0)), np.ones(len(queries), dtype=bool)
         width = run.indices.shape[1]
     documents, scores = run.indices[:, :width], run.scores[:, :width]
@@ -331,7 +331,7 @@ def _ranking_values(run: Run, benchmark: Benchmark, names: Sequence[str]) -> tup
 
 
 def gather_query_values(values: QueryValues) -> QueryValues:
-    """Return the measurements of all ranks. A query counts once, however many ranks measured it."""
+    """Return the measurements of all ranks. A query that several ranks measured counts once."""
     return merge_query_values(gather_objects(values))
 
 
@@ -378,7 +378,7 @@ def gather_run(run: Run) -> Run:
         return run
     shares = gather_objects(run)
     queries = [query for share in shares for query in share.queries]
-    turns = [range(r, len(queries), world_size()) for r in range(world_size())]  # ranks take turns at the queries
+    turns = [range(r, len(queries), world_size()) for r in range(world_size())]  # as in rank_benchmark
     order = np.argsort(np.concatenate(turns))
     indices, scores = (np.concatenate([getattr(share, name) for share in shares]) for name in ("indices", "scores"))
     return Run([queries[i] for i in order], run.documents, indices[order], scores[order])
@@ -392,7 +392,7 @@ def _measure_runs(
     num_texts: int,
     encode_seconds: float,
 ) -> BenchmarkResult:
-    """Measure one run, or the run of each draw in few-shot learning. runs: a generator; its time counts as ranking."""
+    """Measure one run, or the run of each draw in few-shot learning. runs: generator, timed as ranking."""
     seconds = {"encode": encode_seconds, "rank": 0.0, "metrics": 0.0}
     draws, started = [], time.monotonic()
     for run in runs:

@@ -26,7 +26,7 @@ BLOCK = 65536  # number of vectors that are added at a time
 MAX_SAMPLE_BYTES = 1 << 30  # maximum size of the vectors that an index is trained on
 SAMPLE_PER_CENTROID = 64  # FAISS warns below 39
 NUM_CODES = 256  # number of centroids that one byte of a product-quantization code can index
-PROBES = (1, 4, 16, 64, 256)  # values of nprobe to measure the recall of
+PROBES = (1, 4, 16, 64, 256)  # values of nprobe for which recall is measured
 RERANKED = 4  # number of candidates per result that are scored exactly
 
 
@@ -66,7 +66,8 @@ class IndexOptions:
 def build_index(vectors: Shards, options: IndexOptions, advance: Advance | None = None) -> Any:
     """Build an inner-product index of all vectors.
 
-    options: resolved options. advance: callback for the number of vectors in each added block.
+    options: resolved options.
+    advance: callback for the number of vectors in each added block.
     """
     faiss = _faiss()
     dimension = vectors[0].shape[1]
@@ -89,11 +90,13 @@ def build_index(vectors: Shards, options: IndexOptions, advance: Advance | None 
 def search_index(
     index: Any, queries: np.ndarray, k: int, nprobe: int = 0, vectors: Shards | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the k best documents of each query: rows (Q, k), -1 if the index finds fewer, and float32 scores (Q, k).
+    """Return the k best documents of each query: rows (Q, k) and float32 scores (Q, k).
+
+    If the index finds fewer, rows are padded with -1.
 
     queries: vectors, (Q, D).
     nprobe: number of lists to visit; 0 for the index's default.
-    vectors: document vectors for reranking RERANKED times k candidates by their exact scores.
+    vectors: document vectors. If given, RERANKED times k candidates are reranked by their exact scores.
     """
     faiss = _faiss()
     if nprobe:
@@ -112,14 +115,14 @@ def measure_recall(
 ) -> list[dict[str, float]]:
     """Measure the recall of the ten nearest documents for several values of nprobe, with sampled documents as queries.
 
-    Returns nprobe and recall for each, and with quantization "reranked", the recall with exact scores of RERANKED times
-    ten candidates. Any document as near as the tenth nearest counts as a hit.
+    Returns a dict for each value, with "nprobe", "recall" and, with quantization, "reranked": the recall after RERANKED
+    times ten candidates are scored exactly. Any document as near as the tenth nearest counts as a hit.
     """
     sample = _sample(vectors, num_queries)
     k = min(10, vectors.count - 1)
     steps = [n for n in PROBES if n < options.nlist] + [options.nlist]
     names = ("recall", "reranked") if options.quantizes else ("recall",)
-    if k == 0:  # a single document has no other that could be missed
+    if k == 0:  # with a single document, there is nothing to miss
         return [{"nprobe": nprobe} | dict.fromkeys(names, 1.0) for nprobe in steps]
     queries = vectors.gather(sample)
     rows, scores = top_k(queries, vectors, k + 1)
@@ -156,13 +159,13 @@ def read_index(path: Path) -> Any:
 
 
 def _sample(vectors: Shards, count: int) -> np.ndarray:
-    """Return at most `count` random rows in ascending order, always the same ones."""
+    """Return at most `count` random rows, in ascending order. Every call returns the same rows."""
     count = min(vectors.count, count, MAX_SAMPLE_BYTES // (4 * vectors[0].shape[1]))
     return np.sort(np.random.default_rng(0).choice(vectors.count, count, replace=False))
 
 
 def _faiss() -> Any:
-    """Import FAISS, and give it as many threads as torch. Raises UserError if it is not installed."""
+    """Import FAISS, and let it use as many threads as torch. Raises UserError if it is not installed."""
     try:
         import faiss
     except ImportError as error:

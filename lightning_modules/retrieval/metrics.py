@@ -18,7 +18,7 @@ import numpy as np
 
 from datamodules.records import Qrels, UserError
 
-WHOLE_RANKING = sys.maxsize  # cut-off of a metric whose name has none
+WHOLE_RANKING = sys.maxsize  # cut-off of a metric without a number in its name
 SORT_BLOCK = 2**22  # ranked documents sorted at a time
 
 
@@ -27,7 +27,7 @@ class Run:
     """A ranking of documents for every query, best first.
 
     queries, documents: ids.
-    indices: (Q, K) positions in documents, -1 if a query has fewer than K.
+    indices: (Q, K) positions in documents, padded with -1.
     scores: (Q, K). Documents with equal scores are ordered by descending id, as in trec_eval.
     """
 
@@ -37,12 +37,12 @@ class Run:
     scores: np.ndarray
 
     def slice(self, start: int, stop: int) -> Run:
-        """Return the rankings of the queries from start up to stop."""
+        """Return the rankings of queries start to stop - 1."""
         return Run(self.queries[start:stop], self.documents, self.indices[start:stop], self.scores[start:stop])
 
 
 def id_order(documents: Sequence[str]) -> np.ndarray:
-    """Return the position of each document when all are sorted by descending id, (M,)."""
+    """Return the position of each document if all are sorted by descending id, (M,)."""
     order = np.empty(len(documents), dtype=np.int64)
     order[np.argsort(np.array(documents, dtype=object))[::-1]] = np.arange(len(documents))
     return order
@@ -57,7 +57,8 @@ def sorted_run(
 ) -> Run:
     """Sort each query's documents into a run.
 
-    indices: (Q, K) positions in documents in any order, -1 for none. scores: (Q, K).
+    indices: (Q, K) positions in documents, in any order, padded with -1.
+    scores: (Q, K).
     order: id_order(documents), computed here by default.
     """
     by_id = np.append(id_order(documents) if order is None else order, len(documents))  # index -1 reads the last entry
@@ -73,9 +74,10 @@ def sorted_run(
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The gains of a run, on which ranking metrics are computed. A gain is a document's grade, or 0 if not relevant.
+    """The gains of a run, from which ranking metrics are computed. A gain is a document's grade, or 0 if not relevant.
 
-    gains: (Q, K) in the order of the ranking. ideal: (Q, R) in the order of the best possible ranking, R >= 1.
+    gains: (Q, K), in the order of the ranking.
+    ideal: (Q, R), in the order of the best possible ranking, R >= 1.
     """
 
     gains: np.ndarray
@@ -132,7 +134,7 @@ def precision(judged: Judged, k: int) -> np.ndarray:
 
 
 def ndcg(judged: Judged, k: int) -> np.ndarray:
-    """Discounted cumulative gain of the first k, relative to that of the best ranking; the gain is the grade."""
+    """Discounted cumulative gain of the first k, divided by the best possible value. The gain is the grade."""
     return _ratio(_dcg(judged.gains, k), _dcg(judged.ideal, k))
 
 
@@ -160,16 +162,17 @@ def average_precision(judged: Judged, k: int) -> np.ndarray:
 
 
 def r_precision(judged: Judged, k: int) -> np.ndarray:
-    """Share of the first R documents that are relevant, for a query with R relevant documents."""
+    """Share of relevant documents among the first R, for a query with R relevant documents."""
     num_relevant = judged.num_relevant
     hits = (judged.gains > 0) & (np.arange(judged.gains.shape[1]) < num_relevant[:, None])
     return _ratio(hits.sum(1).astype(float), num_relevant)
 
 
 def class_counts(predicted: np.ndarray, queries: np.ndarray, classes: np.ndarray, num_classes: int) -> np.ndarray:
-    """Count for each class how often it is predicted correctly, predicted, and true, (3, num_classes).
+    """Count how often each class is predicted correctly, is predicted, and is true, (3, num_classes).
 
-    predicted: (Q, p) distinct classes of each query, padded with -1. queries, classes: (n,) each, the true pairs.
+    predicted: distinct classes of each query, (Q, p), padded with -1.
+    queries, classes: true pairs, (n,) each.
     """
     correct = classes[(predicted[queries] == classes[:, None]).any(1)]
     all_predicted = predicted[predicted >= 0]
@@ -203,7 +206,7 @@ def binary_f1(counts: np.ndarray) -> float:
 
 
 def kendall_tau(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Kendall's tau-b of predicted and true numbers, (Q,) each; 0 if all numbers of one are equal."""
+    """Kendall's tau-b of predicted and true numbers, (Q,) each; 0 if one of the two is constant."""
     try:
         from scipy.stats import kendalltau
     except ImportError as error:
@@ -230,7 +233,7 @@ CUT_OFF_IS_OPTIONAL = ("ndcg", "ndcg_exp", "mrr", "map", "r_precision")
 def parse_metric(name: str) -> tuple[str, int]:
     """Split a metric into its name and its cut-off: "ndcg@10" -> ("ndcg", 10).
 
-    The cut-off of "ndcg" is WHOLE_RANKING, and that of "macro_f1" is 1. Raises UserError for an unknown metric.
+    "ndcg" has the cut-off WHOLE_RANKING, and "macro_f1" has 1. Raises UserError for an unknown metric.
     """
     match = re.fullmatch(r"([a-z_0-9]+)(?:@([1-9]\d*))?", name)
     metric, cut_off = match.groups() if match else ("", None)
@@ -246,7 +249,7 @@ def parse_metric(name: str) -> tuple[str, int]:
 def check_metric(name: str, kind: str = "ranking") -> None:
     """Raise UserError for a metric that is unknown or does not apply.
 
-    kind: what is measured, a "ranking", or what a probe predicts: a "class", "labels" or a "number".
+    kind: type of result: "ranking", or the prediction of a probe: "class", "labels" or "number".
     """
     parse_metric(name)
     applicable = {"ranking": (*RANKING_METRICS, "macro_f1", "micro_f1"), "number": tuple(NUMBER_METRICS)}

@@ -27,18 +27,20 @@ log = logging.getLogger(__name__)
 FOLDS = 3
 SEED = 42
 MAX_ITER = {"class": 1000, "labels": 10_000, "number": 1000}
-PARALLEL_FROM = 2**19  # with fewer values, one process finishes before others have started
+PARALLEL_FROM = 2**19  # with fewer values, one process finishes before others have even started
 
 
 def probe_runs(benchmark: Benchmark, query_ids: Sequence[str], queries: np.ndarray, train: np.ndarray) -> Iterator[Run]:
-    """Predict the class, labels or number of each query: once, or in few-shot learning once for each draw.
+    """Predict the class, labels or number of each query: once, or for each draw in few-shot learning.
 
-    queries: vectors of query_ids, (q, D). train: vectors of the papers of benchmark.training, in their order, (n, D).
-    Yields runs that rank each query's class, or its labels, most certain first. A number is the score of the only
-    document of the corpus.
+    queries: vectors of query_ids, (q, D).
+    train: vectors of benchmark.training's papers, in their order, (n, D).
 
-    Raises UserError if a paper does not have exactly one class, if a class or label has too few papers, or without
-    scikit-learn.
+    Yields runs. The documents of a query are its class, or its labels with the most certain first. For numbers, the
+    corpus has a single document, and its score is the prediction.
+
+    Raises UserError if a paper does not have exactly one class, if a class or label has too few papers, or if
+    scikit-learn is not installed.
     """
     if importlib.util.find_spec("sklearn") is None:
         raise UserError("probes need scikit-learn (pip install scikit-learn)")
@@ -66,7 +68,7 @@ def _predict(
     train: np.ndarray,
     targets: np.ndarray,
 ) -> Run:
-    """Learn from the training papers and predict the queries."""
+    """Fit a model to the training papers and predict the queries."""
     probe = benchmark.probe
     if not len(query_ids):  # this rank has no queries
         width = len(names) if probe.learns == "labels" else 1
@@ -88,7 +90,7 @@ def _predict(
 def _draws(benchmark: Benchmark, targets: np.ndarray, names: list[str]) -> Iterator[np.ndarray]:
     """Yield the rows of the training papers of each draw.
 
-    Papers with classes are split, in their order, into stratified parts of the wanted size, and each part is a draw.
+    With classes, papers are split, in their order, into stratified parts of the requested size. Each part is a draw.
     With labels, each draw takes random papers of each label.
     """
     if benchmark.probe.learns == "labels":
@@ -103,12 +105,12 @@ def _draws(benchmark: Benchmark, targets: np.ndarray, names: list[str]) -> Itera
             f"{benchmark.name}: {len(targets)} training papers cannot be divided into parts of {probe.samples}"
         )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class")  # a part may lack a class, as in SciRepEval
+        warnings.filterwarnings("ignore", "The least populated class")  # as in SciRepEval, some may lack a class
         splits = list(StratifiedKFold(num_parts).split(targets, targets))
     size = len(targets) // num_parts
-    if size < 0.9 * probe.samples:  # slightly smaller parts are part of the procedure
+    if size < 0.9 * probe.samples:  # slightly smaller parts are expected
         log.warning(
-            "%s: %d training papers make parts of %d, not of %d, so samples=%d would be accurate",
+            "%s: %d training papers are divided into parts of %d, not %d; set samples=%d to match",
             *(benchmark.name, len(targets), size, probe.samples, size),
         )
     if num_parts < probe.draws:
@@ -128,7 +130,7 @@ def _label_draws(benchmark: Benchmark, labels: np.ndarray, names: list[str]) -> 
         random, rows = np.random.RandomState(SEED + draw), set()
         for label in range(len(names)):
             rows.update(random.choice(np.flatnonzero(labels[:, label]), probe.samples, replace=False).tolist())
-        yield np.array(list(rows))  # SciRepEval takes the set's order too, and the order decides the folds
+        yield np.array(list(rows))  # in the set's order, as in SciRepEval: it determines the folds
 
 
 def _training_grades(benchmark: Benchmark) -> Qrels:
@@ -170,7 +172,7 @@ def _label_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
     labels = np.array(rows, dtype=np.int64)
     if constant := [name for name, share in zip(names, labels.mean(0), strict=True) if share in (0, 1)]:
         log.warning(
-            "%s: all training papers have, or all lack, %d of the labels, first %s",
+            "%s: %d labels, such as %s, are on all training papers or on none, so they cannot be learned",
             *(benchmark.name, len(constant), constant[0]),
         )
     if not benchmark.probe.samples:
@@ -184,7 +186,7 @@ def _warn_about_fixed_costs(benchmark: Benchmark, names: Sequence[str], labels: 
     fixed = np.flatnonzero(varies & ~can_choose_cost(labels))
     if len(costs) > 1 and len(fixed):
         log.warning(
-            "%s: C is %g for %d labels, because too few training papers have or lack them; the first is %s",
+            "%s: C is %g for %d labels, such as %s, because too few training papers are with or without them",
             *(benchmark.name, costs[0], len(fixed), names[fixed[0]]),
         )
 
@@ -199,7 +201,7 @@ def _number_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
 def predict_classes(
     train: np.ndarray, classes: np.ndarray, queries: np.ndarray, probe: Probe
 ) -> tuple[np.ndarray, float]:
-    """Return the class of each query, (q,), and C, chosen by accuracy. One model per class separates it from the rest.
+    """Return the class of each query, (q,), from one-vs-rest models, and C, which is chosen by accuracy.
 
     train: (n, D). classes: (n,). queries: (q, D).
     """
@@ -212,9 +214,10 @@ def predict_classes(
 def predict_labels(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, probe: Probe) -> np.ndarray:
     """Return the margin of each query for each label, (q, L). A query has the labels whose margin is above 0.
 
-    labels: (n, L), 1 or 0. Each label has its own model and its own C, which is the first of the costs where
-    can_choose_cost returns False. A label that every training paper has is predicted for every query; a label that none
-    has, for none.
+    Each label has its own model and its own C. If can_choose_cost is False, C is the first of the costs. A label that
+    all training papers have is predicted for all queries, and a label that none of them has is never predicted.
+
+    labels: (n, L), 1 or 0.
     """
     from joblib import Parallel, delayed
 
@@ -230,14 +233,14 @@ def predict_labels(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, p
 
 
 def _label_weights(train: np.ndarray, label: np.ndarray, probe: Probe) -> np.ndarray:
-    """Return the weights (D,) of the model of one label (n,)."""
+    """Fit a model to one label (n,), and return its weights (D,)."""
     return _weights(_fit(train, label, probe, choose_cost=bool(can_choose_cost(label))))[0]
 
 
 def predict_numbers(
     train: np.ndarray, numbers: np.ndarray, queries: np.ndarray, probe: Probe
 ) -> tuple[np.ndarray, float]:
-    """Return the number of each query, (q,), and C, chosen by R^2. numbers: those of the training papers, (n,)."""
+    """Return the number of each query, (q,), and C, which is chosen by R^2. numbers: training targets, (n,)."""
     model = _fit(train, numbers, probe, parallel=train.size > PARALLEL_FROM)
     return _products(queries, _weights(model))[:, 0], _chosen_cost(model)
 
@@ -256,8 +259,8 @@ def _weights(model: Any) -> np.ndarray:
 def _products(queries: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Multiply queries (q, D) by weights (k, D) to (q, k), row by row.
 
-    The last bits of a matrix product depend on its number of rows. Equal papers, or a paper in another rank's share,
-    would then get different numbers.
+    The last bits of a matrix product depend on its number of rows, so equal papers could get different results, and
+    results would depend on the number of ranks.
     """
     queries = np.ascontiguousarray(queries, dtype=np.float64)
     return np.stack([(queries * row).sum(1) for row in weights], axis=1)

@@ -35,7 +35,8 @@ def rank_vectors(
 ) -> Run:
     """Rank a benchmark's documents by their vectors, exactly.
 
-    queries: vectors of query_ids, (Q, D). documents: vectors of the corpus, in its order, (M, D).
+    queries: vectors of query_ids, (Q, D).
+    documents: vectors of the corpus, in its order, (M, D).
     similarity: "dot", "cosine" or "l2", unless the benchmark has its own.
     advance: called with the number of query-document pairs compared since the last call.
     """
@@ -55,7 +56,7 @@ def rank_vectors(
 def rank_bm25(benchmark: Benchmark, k: int) -> Run:
     """Rank this rank's share of the queries by BM25. Documents that share no word with the query are not retrieved.
 
-    Word statistics are those of the whole corpus, even if queries have their own candidates.
+    Word statistics come from the whole corpus, even if queries have their own candidates.
     """
     query_ids = list(benchmark.queries)[rank() :: world_size()]
     queries = [benchmark.queries[query] for query in query_ids]
@@ -76,10 +77,10 @@ def _rank(
     search: Callable[[int, np.ndarray], tuple[np.ndarray, np.ndarray]],
     score: Callable[[np.ndarray], np.ndarray],
 ) -> Run:
-    """Return a run of k documents per query, as the benchmark demands.
+    """Return a run of k documents per query, according to the benchmark's settings.
 
-    search: returns rows and scores, (Q, k) each, of the best documents of the corpus, from k and the id_order.
-    score: returns the scores of documents, (Q, w), from their rows (Q, w), which are padded with -1.
+    search: function (k, id_order) -> rows and scores of the best documents of the corpus, (Q, k) each.
+    score: function of rows (Q, w), padded with -1, that returns the scores of these documents, (Q, w).
     """
     positions = positions_of(list(benchmark.corpus))
     order = id_order(list(positions))
@@ -127,7 +128,7 @@ def _unit_length(vectors: np.ndarray) -> np.ndarray:
 
 
 def _with_half_square(vectors: np.ndarray) -> np.ndarray:
-    """Append -|d|^2 / 2 in two float32 columns, coarse and rest, so that no digit is lost: (n, D) -> (n, D + 2)."""
+    """Append -|d|^2 / 2 as two float32 columns, coarse and rest, to keep its precision: (n, D) -> (n, D + 2)."""
     wide = vectors.astype(np.float64)
     half = -np.einsum("md,md->m", wide, wide) / 2
     coarse = half.astype(np.float32)
@@ -144,9 +145,9 @@ def _padded_positions(id_lists: Sequence[Sequence[str]], positions: Mapping[str,
 
 
 def _move_to_front(run: Run, first: np.ndarray) -> Run:
-    """Keep each document of a row once, and move those in first (Q, f) to the front; both parts keep their order.
+    """Remove repeated documents from each ranking, and move the documents in `first`, (Q, f), to the front.
 
-    Such a ranking does not follow a similarity, so its scores count down to 1 at the last rank.
+    Otherwise, documents keep their order. The ranking does not follow a similarity, so its scores just count down to 1.
     """
     indices = np.full_like(run.indices, -1)
     for row, (ranked, front) in enumerate(zip(run.indices, first, strict=True)):

@@ -27,7 +27,7 @@ Pair = tuple[np.ndarray, np.ndarray]  # values of the joint model, (S, Q), and o
 
 @dataclass(frozen=True, slots=True)
 class Gain:
-    """A relative gain: 0.1 is 10 % better. low, high: its confidence interval."""
+    """A relative gain: 0.1 is 10 % better. low, high: confidence interval."""
 
     gain: float
     low: float
@@ -53,18 +53,18 @@ def relative_gains(
 ) -> RelativeGains:
     """Return the relative gains of a joint model over the single-task models.
 
-    The intervals are from a paired bootstrap: queries are resampled, the same ones for both models. With several seeds,
-    the seeds of each model are resampled too. The joint model's seeds are the same on all benchmarks, and those of a
-    single-task model on all benchmarks of its task.
+    The intervals come from a paired bootstrap, which resamples the same queries for both models. With several seeds,
+    the seeds of each model are resampled too. All benchmarks share the seeds of the joint model, and all benchmarks of
+    a task share the seeds of its single-task model.
 
     tasks: task -> benchmark -> values of both models.
 
-    Raises UserError if a single-task model has the mean 0, also on resampled queries.
+    Raises UserError if a single-task model's mean is 0, on all queries or on a resampled set.
     """
     rng, sign = np.random.default_rng([seed, 3]), -1 if lower_is_better else 1
     joint_seeds = len(next(iter(next(iter(tasks.values())).values()))[0])
     joint_shares = resampled_seeds(joint_seeds, draws, rng)
-    gains: dict[str, dict[str, np.ndarray]] = {}  # (1 + draws,): the gain, and that of each draw
+    gains: dict[str, dict[str, np.ndarray]] = {}  # (1 + draws,): the gain, and the gain in each draw
     for task, benchmarks in tasks.items():
         single_shares = resampled_seeds(len(next(iter(benchmarks.values()))[1]), draws, rng)
         gains[task] = {}

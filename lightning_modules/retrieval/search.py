@@ -2,9 +2,9 @@
 
 FAISS or torch finds slightly more than k candidates in float32, block by block, and their scores are recomputed in
 float64. If rounding may have dropped one of a query's k best documents, the query is searched again in float64. So the
-result equals that of a loop in float64, for any backend, number of threads, sharding and memory limit. Ties go to the
-first document, in the corpus or in a given order. For k above DEEP, recomputing would cost more than it saves, so the
-whole search is in float64.
+result is the same as from a loop in float64, for any backend, number of threads, sharding and memory limit. Ties go to
+the first document, in the corpus or in a given order. For k above DEEP, recomputing would cost more than it saves, so
+the whole search is in float64.
 
 Shapes: Q queries, M documents, D dimensions, k documents per query.
 """
@@ -65,7 +65,7 @@ class Shards(Sequence[np.ndarray]):
         return self.prepare(vectors)
 
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield blocks of at most `size` vectors as contiguous float32, each preceded by its first row."""
+        """Yield blocks of at most `size` vectors, as pairs: row of the first vector, and contiguous float32 vectors."""
         for start, part in zip(self.starts, self.parts, strict=False):
             for first in range(0, len(part), size):
                 block = np.ascontiguousarray(part[first : first + size], dtype=np.float32)
@@ -96,8 +96,8 @@ def top_k(
     """Return the k best documents of each query, best first: rows (Q, k) int64 and scores (Q, k) float32.
 
     queries, documents: vectors, (Q, D) and (M, D).
-    k: number of documents per query; M if it is larger.
-    order: rank of each document among documents of equal score, (M,); by default its row.
+    k: number of documents per query; values above M mean M.
+    order: tie-breaking rank of each document, (M,); by default its row.
     backend: one of BACKENDS; "auto" is torch.
     memory: limit in bytes, not counting the vectors and the result.
     advance: callback for the number of (query, document) pairs that each block adds.
@@ -124,13 +124,13 @@ def top_k(
 
 
 def pair_scores(queries: np.ndarray, documents: Shards, rows: np.ndarray, memory: int = MEMORY) -> np.ndarray:
-    """Return the float64 scores (Q, w) of each query (Q, D) with the documents in its rows (Q, w); -inf for row -1."""
+    """Return float64 scores (Q, w) of queries (Q, D) with the documents in their rows (Q, w); row -1 scores -inf."""
     scores = np.empty(rows.shape)
     step = max(1, memory // max(1, 24 * rows.shape[1] * queries.shape[1]))
     for first in range(0, len(queries), step):
         chunk = rows[first : first + step]
         vectors = documents.gather(np.maximum(chunk, 0).ravel()).astype(np.float64).reshape(*chunk.shape, -1)
-        # einsum sums each pair separately, so equal vectors have equal scores in any position.
+        # einsum sums each pair separately, so equal vectors get equal scores in any position.
         scores[first : first + step] = np.einsum(
             "qd,qwd->qw", queries[first : first + step].astype(np.float64), vectors
         )
@@ -174,7 +174,7 @@ def _candidates(
     device: torch.device,
     advance: Advance | None,
 ) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return the `count` best by float32 score, unordered: rows and scores (Q, count). Also return the largest norm."""
+    """Return the `count` best by float32 score, unordered: rows and scores (Q, count). Also return the maximum norm."""
     rows = np.zeros((len(queries), 0), dtype=np.int64)
     scores = np.zeros((len(queries), 0), dtype=np.float32)
     # torch is the default, because it is two to five times as fast as FAISS on two cores.
@@ -257,7 +257,7 @@ def _deep_top_k(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the top k for large k, computing all dot products in float64.
 
-    Any of the documents that tie for the last rank may be returned.
+    If documents tie for the last rank, any of them may be returned.
     """
     rows = np.empty((len(queries), k), dtype=np.int64)
     scores = np.empty((len(queries), k), dtype=np.float32)
@@ -281,7 +281,7 @@ def _deep_top_k(
 class _RunningBest:
     """The k best documents of n queries so far.
 
-    Documents that beat the k-th best wait in `pending`, because merging many at once is faster.
+    Documents that beat the k-th best are first collected in `pending`, because merging many at once is faster.
     """
 
     def __init__(self, num_queries: int, k: int, device: torch.device):

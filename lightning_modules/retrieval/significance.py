@@ -1,6 +1,6 @@
-"""Significance tests of the difference between two systems, as pure functions of the values of single queries.
+"""Significance tests of the difference between two systems, as pure functions of per-query values.
 
-Shapes: Q queries, S seeds of a system. Values are (S, Q): one row per seed, all rows of the same queries.
+Shapes: Q queries, S seeds of a system. Values are (S, Q): one row per seed, with the same queries in all rows.
 """
 
 from __future__ import annotations
@@ -82,16 +82,16 @@ def bootstrap_interval(
     seed: int = 0,
     paired_seeds: bool = False,
 ) -> tuple[float, float]:
-    """Return the percentile interval of mean(a) - mean(b) when the queries are resampled, the same ones for both.
+    """Return the percentile interval of mean(a) - mean(b) when the same queries are resampled for both systems.
 
     Paired bootstrap (Efron and Tibshirani 1993, chapter 13; Sakai 2006 for retrieval). With several seeds, the seeds of
-    each system are resampled too, as the upper level of a hierarchy: the interval then covers other queries and other
-    trainings. With two or three seeds it is still too narrow.
+    each system are resampled too, as the upper level of a hierarchy: the interval then covers both new queries and new
+    training runs. With two or three seeds, it is still too narrow.
 
-    pairs: values of A, (S, Q), and of B, (S', Q), on each of several benchmarks. The interval is that of the mean over
-    benchmarks. They share the seeds that are drawn, because one training has a value on each.
-    paired_seeds: whether A and B have the same seeds, in the same order. Both then get the same draws of seeds, so what
-    a seed does to both cancels. Such trainings have the same batches and the same random initial weights.
+    pairs: values of A, (S, Q), and of B, (S', Q), on each of several benchmarks. The interval is for the mean over
+        benchmarks. A draw uses the same seeds on all benchmarks, because one training run has a value on each.
+    paired_seeds: whether A and B have the same seeds, in the same order. Both then get the same draws of seeds, so
+        effects that a seed has on both cancel. Such runs share their batches and random initial weights.
     """
     rng = np.random.default_rng([seed, 1])
     shares = [resampled_seeds(len(side), draws, rng) for side in pairs[0]]
@@ -112,7 +112,7 @@ def resampled_seeds(num_seeds: int, draws: int, rng: np.random.Generator) -> np.
 def resampled_means(
     tables: Sequence[np.ndarray], shares: Sequence[np.ndarray], rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Return the mean of each system when the queries are resampled, the same ones for all systems, (draws,) each.
+    """Return the mean of each system when the same queries are resampled for all systems, (draws,) each.
 
     tables: values of each system on the same queries, (S, Q).
     shares: share of each seed of the system in each draw, (draws, S).
@@ -130,7 +130,7 @@ def resampled_means(
 
 
 def percentile_interval(draws: np.ndarray, level: float) -> tuple[float, float]:
-    """Return the interval between the outer quantiles of a bootstrap's draws, (draws,)."""
+    """Return the confidence interval from the quantiles of a bootstrap's draws, (draws,)."""
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -141,20 +141,21 @@ def mean_difference_p(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
 
 
 def _differences(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the difference of each query, (Q,), where those that only rounding causes are 0."""
+    """Return the difference of each query, (Q,). Differences that are only rounding errors become 0."""
     differences = a.mean(0) - b.mean(0)
     differences[np.abs(differences) < ROUNDING] = 0.0
     return differences
 
 
 def sign_flip_p(differences: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> float:
-    """Return the two-sided p-value of the mean difference if A and B could be swapped on any query.
+    """Return the two-sided p-value of the mean difference, under the null hypothesis that A and B are interchangeable.
 
     Fisher's paired randomisation test (Smucker et al., CIKM 2007). It uses all 2^n assignments if there are at most
-    `draws`, and otherwise that many random ones plus the observed one, so that p is at least 1 / (draws + 1).
+    `draws`. Otherwise it uses `draws` random ones plus the observed one, so that p is at least 1 / (draws + 1).
+
     differences: (Q,).
     """
-    nonzero = differences[differences != 0]  # swapping changes only these
+    nonzero = differences[differences != 0]  # swapping has no effect on the others
     if not len(nonzero):
         return 1.0
     observed = abs(nonzero.sum()) - ROUNDING * len(nonzero)

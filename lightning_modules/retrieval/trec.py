@@ -22,12 +22,12 @@ SPLITS_LINES = re.compile(r"[%\s\x00-\x1f\x7f-\x9f]")
 
 
 def encode_id(id: str) -> str:
-    """Return an id, or another name, without white space and control characters."""
+    """Return an id or name with white space and control characters percent-encoded."""
     return SPLITS_LINES.sub(lambda character: quote(character[0], safe=""), id)
 
 
 def decode_id(text: str) -> str:
-    """Undo encode_id. A text that encode_id cannot have returned, as in older files, stays unchanged."""
+    """Undo encode_id. Texts that encode_id cannot have returned, as in older files, are returned unchanged."""
     id = unquote(text, errors="surrogateescape") if "%" in text else text
     return id if encode_id(id) == text else text
 
@@ -54,7 +54,7 @@ def write_qrels(qrels: Qrels, path: Path) -> None:
 
 
 def write_table(header: Sequence[str], rows: Iterable[tuple[str, Iterable[float]]], path: Path) -> None:
-    """Write a tab-separated table of exact numbers. rows: id or name, and the value of each metric."""
+    """Write a tab-separated table of exact numbers. rows: pairs of an id or name, and the value of each metric."""
     cells = ((encode_id(name), *(f"{value:.17g}" for value in values)) for name, values in rows)
     _write_lines(path, map("\t".join, itertools.chain([header], cells)))
 

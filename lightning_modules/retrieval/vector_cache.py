@@ -3,7 +3,7 @@
     FOLDER/<fingerprint of the encoder>/<hash of task, similarity, precision and the shard's texts>.npy    (n, D)
 
 Shards are written atomically, so after a kill, encoding continues at the first missing shard. Ranks share the work, and
-must all see the folder.
+all of them need access to the folder.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from lightning_modules.retrieval.search import Advance, Shards, check_finite
 
 log = logging.getLogger(__name__)
 
-SHARD = 2048  # maximum number of texts per file, which is also the most that an interruption can lose
+SHARD = 2048  # maximum number of texts per file, and so the most that an interruption can lose
 MIN_SHARD, NUM_SHARDS = 512, 64  # small corpora are split into up to NUM_SHARDS shards of at least MIN_SHARD texts
 UNIT = 1024  # number of texts that a rank encodes at a time in memory
-# Names of the settings of backbone_settings. They are listed, because new versions of transformers add others.
+# Names of the settings in backbone_settings. They are listed because new versions of transformers add more.
 SETTINGS = re.compile(
     "model_type|hidden_act|eps$|rope|window|local_attention|global_attn|layer_types|heads|^pad_token_id"
 )
@@ -47,7 +47,7 @@ NUM_KEPT = 2  # number of results kept in memory: the last corpus and its querie
 class VectorCache:
     """Encode texts, and reuse the vectors of texts that were encoded before.
 
-    folder: folder for the vectors, which later commands reuse; by default the last two results are kept in memory.
+    folder: folder for vectors that later commands reuse; by default, only the last two results are kept, in memory.
     similarity: "cosine" normalises the vectors.
     shard_size: maximum number of texts per file.
     token_budget: maximum number of tokens per forward pass.
@@ -78,7 +78,7 @@ class VectorCache:
 
     @property
     def folder(self) -> Path | None:
-        """Folder of this encoder's vectors, None if they are kept in memory."""
+        """Folder of this encoder's vectors, or None if they are kept in memory."""
         return self._parent and self._parent / self.fingerprint
 
     def vectors(self, texts: Sequence[Document], task: str, name: str, advance: Advance | None = None) -> Shards:
@@ -116,8 +116,8 @@ class VectorCache:
         self, folder: Path, texts: Sequence[Document], task: str, name: str, advance: Advance | None
     ) -> Shards:
         folder.mkdir(parents=True, exist_ok=True)
-        # With few texts, smaller shards give every rank a share. The size must not depend on the number of ranks,
-        # because the exact bits of the vectors depend on it.
+        # With few texts, smaller shards give every rank a share. The size cannot depend on the number of ranks, because
+        # it determines the exact bits of the vectors.
         size = min(self.shard_size, max(MIN_SHARD, -(-len(texts) // NUM_SHARDS)))
         paths: list[Path] = []
         missing: deque[tuple[int, Path]] = deque()
@@ -172,13 +172,13 @@ class VectorCache:
         def after_batch(count: int) -> None:
             if advance:
                 advance(count)
-            if self._parent and world_size() == 1:  # complete shards are safe on disk
+            if self._parent and world_size() == 1:  # complete shards are already on disk
                 leave_if_asked()
 
         return self.encoder.encode_each(groups, task, token_budget=self.token_budget, advance=after_batch)
 
     def _checked(self, vectors: torch.Tensor, name: str, first: int) -> np.ndarray:
-        """Return vectors as they are compared. Raises UserError if they are not finite. first: number of the first."""
+        """Prepare vectors for comparison. Raises UserError if they are not finite. first: number of the first one."""
         compared = comparable(vectors, self.similarity).numpy()
         check_finite(compared, name, first)
         return compared
@@ -202,15 +202,13 @@ def check_same_size(queries: np.ndarray, documents: np.ndarray) -> None:
     """Raise UserError if the vectors of queries, (Q, D), and documents, (M, D), differ in size."""
     sizes = queries.shape[1], documents.shape[1]
     if sizes[0] != sizes[1]:
-        raise UserError(
-            f"document_vectors: expected {sizes[0]} dimensions, those of the queries' vectors, got {sizes[1]}"
-        )
+        raise UserError(f"document_vectors: expected {sizes[0]} dimensions, as in the queries' vectors, got {sizes[1]}")
 
 
 def vectors_of_parts(cache: VectorCache, parts: Sequence[tuple[Sequence[Document], bool]], task: str) -> Shards:
-    """Return the vectors (n, D) of the texts of several parts, one after the other. All ranks call this together.
+    """Return the vectors (n, D) of several lists of texts, concatenated. All ranks call this together.
 
-    parts: texts, and whether they are documents of the task (or else queries).
+    parts: pairs of a list of texts, and whether they are documents (True) or queries (False) of the task.
     """
     document_task = cache.encoder.document_task(task)
     tasks = [document_task if are_documents else task for _, are_documents in parts]
@@ -221,8 +219,8 @@ def vectors_of_parts(cache: VectorCache, parts: Sequence[tuple[Sequence[Document
 def encoder_state(encoder: Encoder) -> tuple[Any, ...]:
     """Return a key that changes with an encoder's weights and arguments. It takes milliseconds, unlike a fingerprint.
 
-    It includes sums of the parameters and buffers, because fused optimizers and changes through .data leave versions
-    unchanged.
+    It includes sums of the parameters and buffers, because fused optimizers and changes through .data do not change
+    their versions.
     """
     parameters = [*encoder.parameters(), *encoder.buffers()]
     versions = tuple((id(p), 0 if p.is_inference() else p._version) for p in parameters)
@@ -250,7 +248,7 @@ def _is_intact(path: Path, count: int) -> bool:
 
 
 def _checksum(vectors: np.ndarray) -> bytes:
-    """Return the bytes that follow the vectors in a file. numpy does not read them."""
+    """Return a checksum to append to the vectors in a file. numpy ignores it."""
     return hashlib.blake2b(np.ascontiguousarray(vectors).data, digest_size=8).digest()
 
 
@@ -270,12 +268,12 @@ def fingerprint(encoder: Encoder) -> str:
 
 
 def backbone_settings(encoder: Encoder) -> dict[str, Any]:
-    """Return the settings of a backbone that change its vectors, and that its weights do not determine."""
+    """Return the settings of a backbone that affect its vectors but do not follow from its weights."""
     return {name: value for name, value in encoder.backbone.config.to_dict().items() if SETTINGS.search(name)}
 
 
 def tokenization(tokenizer: Any) -> dict[str, Any]:
-    """Return what determines the tokens of a text: vocabulary, normalisation, and how words and sequences are split."""
+    """Return everything that determines the tokens of a text, such as vocabulary, normalisation and splitting rules."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return {

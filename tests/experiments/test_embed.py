@@ -188,9 +188,9 @@ def test_an_id_on_two_lines_is_refused_before_anything_is_embedded(embed, papers
 
 def test_shards_with_other_settings_raise_user_errors(embed, model, make_encoder, monkeypatch):
     folder = embed("out")
-    with pytest.raises(UserError, match="out/shards: contains vectors made with other settings .*dtype: float32 then"):
+    with pytest.raises(UserError, match="contains vectors made with different settings .*dtype: float32 then"):
         embed("out", "dtype=float16")
-    with pytest.raises(UserError, match="other settings .precision: fp32 then, bf16 now"):
+    with pytest.raises(UserError, match="different settings .precision: fp32 then, bf16 now"):
         embed("out", "precision=bf16")
     with pytest.raises(UserError, match="precision: expected one of auto, fp32, tf32, bf16, fp16, got 'float32'"):
         embed("out", "precision=float32")
@@ -199,7 +199,7 @@ def test_shards_with_other_settings_raise_user_errors(embed, model, make_encoder
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     embed("out", "precision=auto")
     make_encoder("attention", seed=1).save_pretrained(model)
-    with pytest.raises(UserError, match="other settings .model: "):
+    with pytest.raises(UserError, match="different settings .model: "):
         embed("out")
 
 
@@ -314,7 +314,7 @@ def test_damaged_matrix_is_merged_again_by_the_same_command(embed, caplog, file,
 def test_settings_of_shards_that_are_not_an_object_raise_user_error(embed, content):
     about = embed("out") / "shards" / "about.json"
     about.write_text(content)
-    with pytest.raises(UserError, match=r"about.json: |other settings"):
+    with pytest.raises(UserError, match=r"about.json: |different settings"):
         embed("out")
 
 

@@ -321,7 +321,7 @@ def test_training_uses_the_negatives_of_the_data_if_mining_finds_none(run, tmp_p
     train("moe_mined", [f"run.dir={tmp_path / 'run'}", *SMALL, *none, "mining.first_step=0", "trainer.max_steps=3"])
     for task in ("classification", "link_prediction", "search"):
         assert f"{task}: no hard negatives are left. Candidates removed by each filter: " in caplog.text
-    assert caplog.text.count("Until the next mining, the task uses the hard negatives of the data") == 6
+    assert caplog.text.count("Until the next mining, the task uses the hard negatives in its data") == 6
     store = HardNegativeStore(tmp_path / "run" / "negatives" / "step-00000002")
     assert {len(mined.documents) for mined in store.tasks.values()} == {0}
     train("moe", [f"run.dir={tmp_path / 'plain'}", *SMALL, "trainer.max_steps=3"])

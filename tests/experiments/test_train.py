@@ -481,7 +481,7 @@ def test_a_non_finite_loss_ends_the_run(tmp_path):
         "trainer.max_steps=40",
         "trainer.log_every_n_steps=1",
     ]
-    with pytest.raises(UserError, match=r"is not finite at step .*: try a lower learning rate"):
+    with pytest.raises(UserError, match=r"is not finite at step .*; try a lower learning rate"):
         train("vanilla", [f"run.dir={tmp_path}", *TINY, *overrides, "evaluation.every_n_steps=0"])
 
 

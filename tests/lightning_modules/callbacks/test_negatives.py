@@ -61,7 +61,7 @@ def test_task_without_negatives_is_warned_of_once(make_task, caplog):
     for batch in (masked, single):
         caplog.clear()
         report(batch, options)
-        assert caplog.text.count("the loss of search is 0") == 1
+        assert caplog.text.count("search: the loss is 0") == 1
         vectors = torch.randn(sum(map(len, batch.chunks)), 8)
         assert Objective(options, ["search"], 8)(vectors, batch)["loss"] == 0
     caplog.clear()

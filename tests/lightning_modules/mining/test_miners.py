@@ -249,5 +249,5 @@ def test_labels_of_cited_papers(make_task):
         assert {names[row] for row in rows[q] if row >= 0} == expected
         any_label = any_label or bool(expected)
     assert any_label
-    with pytest.raises(UserError, match="takes citations from link_prediction tasks, but none"):
+    with pytest.raises(UserError, match="needs citations from a link_prediction task, but no citation"):
         LabelsOfCitedMiner().rank(tagged, range(5), 5, context_of(tagged, [tagged]))

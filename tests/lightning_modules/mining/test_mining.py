@@ -174,7 +174,7 @@ def test_a_miner_or_margin_that_needs_an_encoder_raises_without_one(make_task, t
     pools = make_task(SearchDataModule).pools()
     assert mining_of(tmp_path, BM25Miner()).run(None, pools)["search"].negatives.documents.size
     for mining in (mining_of(tmp_path), mining_of(tmp_path, BM25Miner(), relative_margin=0.05)):
-        with pytest.raises(UserError, match="needs an encoder; give one, or choose a miner that needs none"):
+        with pytest.raises(UserError, match="needs an encoder; provide one, or choose a miner without an encoder"):
             mining.run(None, pools)
 
 

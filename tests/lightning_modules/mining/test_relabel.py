@@ -119,7 +119,7 @@ def test_cross_encoder_finds_planted_false_negatives_of_queries_it_has_not_seen(
     mined = mining_with(judge, tmp_path).run(None, pools)["search"]
     precision, recall = precision_and_recall(mined, pools[0])
     assert min(precision, recall) > 0.95
-    assert caplog.text.count("of the known positives of its queries") == 2
+    assert caplog.text.count("of its queries' known positives") == 2
 
     # the trained judges are stored, and another threshold does not train them again
     monkeypatch.setattr(CrossEncoderJudge, "_train", None)
@@ -188,7 +188,7 @@ def test_file_of_the_truth_has_precision_and_recall_1(data, tmp_path, form):
     ("line", "message"),
     [
         ('{"query": "q9-9", "paper": "d0-1", "label": "drop"}', ":3: unknown query 'q9-9'"),
-        ('{"query": "q0-1", "paper": "d9", "label": "drop"}', ":3: unknown paper 'd9': expected .* of query 'q0-1'"),
+        ('{"query": "q0-1", "paper": "d9", "label": "drop"}', ":3: unknown paper 'd9'; expected .* of query 'q0-1'"),
         ('{"query": "q0-1", "paper": "d0-1", "label": "maybe"}', ":3: expected a JSON object .*maybe"),
         ('{"query": "q0-1", "paper": "d0-1", "score": NaN}', ":3: expected a JSON object .*a finite number"),
         ('{"query": "q0-1", "paper": "d0-1"}', ":3: expected a JSON object"),

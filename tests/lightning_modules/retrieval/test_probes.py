@@ -90,7 +90,7 @@ def test_label_that_no_training_paper_has_is_reported(caplog):
     train, classes, queries = three_classes()
     (run,) = probe_runs(benchmark(["ac"[c % 2] for c in classes], learns="labels"), list(range(40)), queries, train)
     assert set(run.indices.ravel()) == {-1, 0, 2}
-    assert "toy: all training papers have, or all lack, 1 of the labels, first b" in caplog.text
+    assert "toy: 1 labels, such as b, are on all training papers or on none" in caplog.text
 
 
 def test_missing_scikit_learn_raises_user_error(monkeypatch):
@@ -187,7 +187,7 @@ def test_label_with_too_few_papers_gets_the_first_cost_and_a_warning(probe, capl
     labels = benchmark(classes, learns="labels", costs=[0.02, 1], **probe)
     runs = list(probe_runs(labels, list(range(40)), queries, train))
     count = 3 if probe else 1
-    warning = f"toy: C is 0.02 for {count} labels, because too few training papers have or lack them; the first is"
+    warning = f"toy: C is 0.02 for {count} labels, such as "
     assert caplog.text.count(warning) == 1
     if not probe:
         model = LinearSVC(C=0.02, fit_intercept=False, random_state=42).fit(train.astype(float), np.arange(36) == 35)
@@ -201,4 +201,4 @@ def test_parts_smaller_than_requested_are_reported(caplog):
     train = np.random.default_rng(0).normal(size=(100, 4))
     for samples in (99, 50):
         list(probe_runs(benchmark(classes, samples=samples, costs=[1]), ["q0"], np.zeros((1, 4)), train))
-        assert caplog.text.count("toy: 100 training papers make parts of 50, not of 99") == 1
+        assert caplog.text.count("toy: 100 training papers are divided into parts of 50, not 99") == 1
