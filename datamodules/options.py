@@ -74,14 +74,14 @@ def check_options(options: Any, prefix: str = "") -> None:
 
 
 def _check_items(key: str, value: Any, hint: Any) -> None:
-    """Raise UserError for an item of another type: OmegaConf accepts lists and mappings as texts and numbers."""
+    """Raise UserError for an item of the wrong type: OmegaConf accepts lists and mappings as texts and numbers."""
     if get_origin(hint) not in (list, tuple, dict):
         return
     collection, item_hint = ("mapping", get_args(hint)[-1]) if get_origin(hint) is dict else ("list", get_args(hint)[0])
     kinds, words = ITEM_TYPES.get(item_hint, (object, ""))
     for item in value.values() if isinstance(value, Mapping) else value or ():
         if not isinstance(item, kinds):
-            raise UserError(f"{key}: expected a {collection} of {words}, got {item!r} in it")
+            raise UserError(f"{key}: expected a {collection} of {words}, but it contains {item!r}")
         _check_items(key, item, item_hint)
 
 

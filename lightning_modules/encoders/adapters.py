@@ -53,8 +53,8 @@ class AdapterEncoder(Encoder):
     reduction_factor: hidden size divided by the size of the bottleneck.
     activation: activation function of the bottleneck.
     freeze_backbone: whether only the adapters are trained.
-    document_tasks: task -> the task whose adapter encodes its documents, if not its own (as in SPECTER2's search). An
-        encoder with document_tasks cannot be trained.
+    document_tasks: task -> the task whose adapter encodes its documents. A task that is not in it uses its own adapter.
+        SPECTER2's search needs this. An encoder with document_tasks cannot be trained.
     """
 
     has_idle_parameters = True
@@ -116,17 +116,17 @@ class AdapterEncoder(Encoder):
 
 
 KEY = re.compile(r"(?:bert\.)?encoder\.layer\.(\d+)\.output\.adapters\.[^.]+\.adapter_(down\.0|up)\.(weight|bias)")
-# The configuration of SPECTER2's adapters. With other values, an adapter computes something else.
+# The configuration of SPECTER2's adapters. With any other values, an adapter computes a different function.
 FORM = dict.fromkeys(["output_adapter", "original_ln_before", "original_ln_after", "residual_before_ln"], True)
 FORM |= dict.fromkeys(["mh_adapter", "ln_before", "ln_after", "adapter_residual_before_ln"], False)
-# Fields that the file may leave out.
+# Optional fields of the file.
 OPTIONAL_FORM: dict[str, Any] = dict.fromkeys(["is_parallel", "use_gating", "phm_layer", "cross_adapter"], False)
 OPTIONAL_FORM |= {"scaling": 1.0, "inv_adapter": None, "leave_out": []}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter read from files. weights: state_dict of the list of its Bottlenecks, one per layer."""
+    """An adapter read from files. weights: state_dict of its Bottlenecks, one per layer."""
 
     reduction_factor: int
     activation: str
@@ -136,8 +136,8 @@ class Adapter:
 def with_adapters(encoder: Encoder, adapters: Mapping[str, str]) -> AdapterEncoder:
     """Add adapters, saved by the library `adapters`, to a plain encoder. Raises UserError if one does not fit.
 
-    adapters: task -> folder or hub name. The key "search.documents" is for an adapter that only encodes the documents
-        of task search.
+    adapters: task -> folder or hub name. The key "search.documents" stands for an adapter that encodes only the
+        documents of the task search.
     """
     if type(encoder) is not SharedEncoder:
         raise UserError(f"adapters: expected a plain model to add them to, got a {type(encoder).__name__}")
@@ -185,7 +185,7 @@ def read_adapter(name: str, key: str) -> Adapter:
 
 
 def _check_form(config: Mapping[str, Any], source: str) -> None:
-    """Raise UserError if the configuration of an adapter is not that of SPECTER2's."""
+    """Raise UserError if an adapter is not configured like SPECTER2's."""
     for field, value in (FORM | OPTIONAL_FORM).items():
         if config.get(field, value) != value:
             raise UserError(f"{source}: {field} must be {value!r}, got {config[field]!r}")

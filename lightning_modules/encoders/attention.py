@@ -2,7 +2,7 @@
 
     varlen   one call of torch's flash attention for all texts (GPUs, bf16 and fp16, without dropout and bias)
     runs     one call of torch's attention for each run of texts of equal length, without copies of texts (CPUs)
-    padded   one call for all texts, padded to the longest, with a mask (GPUs, where varlen cannot be used)
+    padded   one call for all texts, padded to the longest, with a mask (GPUs, if varlen cannot be used)
 
 Shapes: T tokens of B texts, L positions computed (T, or B if only the first one of each text is needed), P positions of
 a prefix, H heads, d dimensions of a head, S tokens of the longest text, M positions of the backbone, D = H x d.
@@ -37,11 +37,11 @@ class Prefix(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """What differs between layers.
+    """Settings that differ between layers.
 
-    window: largest distance between positions that attend to each other; None for no limit.
+    window: maximum distance between positions that attend to each other; None for no limit.
     dropout: dropout rate of attention weights.
-    prefix: keys and values that all positions attend to, whatever the window.
+    prefix: keys and values that all positions attend to, regardless of the window.
     """
 
     window: int | None = None
@@ -56,7 +56,8 @@ class AttentionContext:
     tokens: the batch.
     positions: position of each token in its text, (T,).
     rotations: attention type of a layer -> cosines and sines of the rotary positions, each (T, d).
-    bias: what all layers add to the score of a key at distance -(M-1), ..., M-1 from the query, (H, 2M-1), or None.
+    bias: number that all layers add to the score of a key, by its distance from the query, -(M-1), ..., M-1,
+        (H, 2M-1); None for no bias.
     """
 
     tokens: Tokens
@@ -66,7 +67,7 @@ class AttentionContext:
 
     @cached_property
     def slots(self) -> Tensor:
-        """Position of each token in the padded batch, (T,), as a row of (B x S)."""
+        """Index of each token in the flattened padded batch, (T,), from 0 to B x S - 1."""
         texts = torch.arange(len(self.tokens), device=self.positions.device)
         return self.tokens.spread(texts) * self.tokens.max_length + self.positions
 
@@ -83,7 +84,7 @@ class AttentionContext:
     def prefixed_rows(self, size: int) -> Tensor:
         """Return the rows of [prefix; tokens], (P + T, ...), that give each text its own copy of the prefix.
 
-        size: number of positions of the prefix, P. Shape of the result: (T + B x P,).
+        size: number of positions in the prefix, P. The result has the shape (T + B x P,).
         """
         if size not in self._prefixed_rows:
             tokens, starts = self.tokens, self.tokens.offsets[:-1]
@@ -101,7 +102,8 @@ class AttentionContext:
 def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, settings: Settings) -> Tensor:
     """Compute scaled dot-product attention within each text and join the heads, (L, D).
 
-    query: (L, H, d). With L = B, queries are those of the first position of each text. key, value: (T, H, d).
+    query: (L, H, d). If L = B, they belong to the first position of each text.
+    key, value: (T, H, d).
     """
     if settings.window is not None and context.tokens.max_length <= settings.window + 1:
         settings = replace(settings, window=None)
@@ -150,7 +152,7 @@ def attend_runs(query: Tensor, key: Tensor, value: Tensor, context: AttentionCon
         query, key, value = query.float(), key.float(), value.float()
     counts, sizes = [count for count, _ in runs], [count * length for count, length in runs]
     first_only = len(query) < len(key)
-    # The backward pass of split writes each gradient once, that of slices would write zeros for all other rows.
+    # The backward pass of split writes each gradient once. With slices, it would also write zeros for all other rows.
     pieces = zip(query.split(counts if first_only else sizes), key.split(sizes), value.split(sizes), strict=True)
     outputs = []
     for (count, length), piece in zip(runs, pieces, strict=True):
@@ -204,11 +206,11 @@ def _padded_attention(
 def bias_of_keys(bias: Tensor, num_queries: int, num_keys: int) -> Tensor:
     """Return the bias of each query and key, (H, num_queries, num_keys). Both start at position 0.
 
-    bias: bias by distance, (H, 2M-1), see AttentionContext.
+    bias: bias by distance, (H, 2M-1), as in AttentionContext.
     """
     first = bias.shape[1] // 2 - (num_queries - 1)  # column of the distance from the last query to the first key
     rows = bias[:, first : first + num_queries + num_keys - 1].unfold(1, num_keys, 1)
-    return rows.flip(1)  # the first row is that of the last query
+    return rows.flip(1)  # before, the last query had the first row
 
 
 def within_window(length: int, window: int, device: torch.device) -> Tensor:

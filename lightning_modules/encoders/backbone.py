@@ -36,7 +36,7 @@ from lightning_modules.encoders.families import FAMILIES
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PACKAGE = "package:"
 WEIGHTS, CHECKSUM = "model.safetensors", "checksum.json"
-# Far above every published encoder of text.
+# Far above any published text encoder.
 MAX_SIZES = {
     "num_hidden_layers": 1_000,
     "num_attention_heads": 10_000,
@@ -53,7 +53,7 @@ Tokenizer = transformers.PreTrainedTokenizerBase
 def package_folder(name: str) -> str | None:
     """Return the model folder of an installed package, or None if it is not installed.
 
-    Raises UserError for a package that is not one of a model, and for a text that is not the name of a package.
+    Raises UserError if the package does not contain a model, or if the name is not a valid package name.
     """
     module = name.removeprefix(PACKAGE)
     if not all(part.isidentifier() for part in module.split(".")):
@@ -63,12 +63,12 @@ def package_folder(name: str) -> str | None:
     except ImportError:
         return None
     if not callable(getattr(package, "get_model_path", None)):
-        raise UserError(f"{name}: the package {module} has no get_model_path(), so it is not a package of a model")
+        raise UserError(f"{name}: the package {module} has no get_model_path(), so it does not contain a model")
     return str(package.get_model_path())
 
 
 def installed(model: str, key: str = "model") -> str:
-    """Return the folder of a package:NAME, and any other model unchanged. Raises UserError if it is not installed.
+    """Return the folder of a package:NAME. Return any other model unchanged. Raises UserError if it is not installed.
 
     key: argument that the model comes from, for error messages.
     """
@@ -82,8 +82,8 @@ def installed(model: str, key: str = "model") -> str:
 def word_vocabulary(texts: Iterable[str], size: int, required: Iterable[str] = ()) -> dict[str, int]:
     """Return token -> id for special tokens, all characters, and the most frequent words of texts.
 
-    Other words are spelled in characters. Ties are broken alphabetically, so that equal texts give equal vocabularies
-    (trained word pieces differ from one process to the next).
+    All other words are spelled in characters. Ties are broken alphabetically, so that equal texts give equal
+    vocabularies (trained word pieces differ from one process to the next).
 
     size: maximum number of tokens.
     required: texts whose words come first, even if they are rare.
@@ -107,9 +107,9 @@ def word_vocabulary(texts: Iterable[str], size: int, required: Iterable[str] = (
 
 
 def check_size(config: Mapping[str, Any]) -> None:
-    """Raise UserError for a backbone that no machine could hold, before anything is allocated for it.
+    """Raise UserError if a backbone is too large for any machine, before memory is allocated for it.
 
-    config: fields of config.json. A small file that asks for a billion layers must not fill the memory.
+    A small file that asks for a billion layers must not fill the memory. config: fields of config.json.
     """
     sizes = {name: config.get(name) or 0 for name in MAX_SIZES}
     for name, size in sizes.items():
@@ -138,10 +138,12 @@ def random_backbone(config: dict[str, Any], vocabulary: dict[str, int]) -> tuple
 
 
 def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tuple[PreTrainedModel, Tokenizer]:
-    """Load a backbone of one of the FAMILIES, or the BERT of a DPR encoder, and its tokenizer. Raises UserError.
+    """Load a backbone of one of the FAMILIES, or the BERT inside a DPR encoder, and its tokenizer.
 
-    name: folder or hub name. key: argument that the name comes from, for error messages.
+    name: folder or hub name.
+    key: argument that the name comes from, for error messages.
     with_weights: whether to load the weights. If not, they are on the meta device, and DPR is not supported.
+    Raises UserError if the model is missing, damaged or unsupported.
     """
     with reading(name, key):
         with prefixed(f"{key}: {name!r}: config.json: "):
@@ -164,9 +166,9 @@ def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tu
 
 
 def check_complete(name: str, info: dict[str, Any]) -> None:
-    """Raise UserError unless the file of a model has exactly the weights of its layers, ignoring poolers and heads.
+    """Raise UserError unless a model's file has exactly the weights of its layers, ignoring poolers and heads.
 
-    Transformers would initialize missing weights at random. info: loading info of from_pretrained.
+    Otherwise, transformers would initialize missing weights at random. info: loading info of from_pretrained.
     """
     missing = [key for key in info["missing_keys"] if "pooler" not in key]
     unexpected = [key for key in info["unexpected_keys"] if re.search(r"\.layers?\.\d+\.|embeddings\.", key)]
@@ -180,9 +182,10 @@ def check_complete(name: str, info: dict[str, Any]) -> None:
 
 @contextmanager
 def reading(name: str, key: str) -> Iterator[None]:
-    """Convert all errors raised while a model is read to UserError.
+    """Convert all errors raised while reading a model to UserError.
 
-    name: folder, file or hub name. key: argument that the name comes from, for error messages.
+    name: folder, file or hub name.
+    key: argument that the name comes from, for error messages.
     """
     hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not ("/" in name and Path(name).parent.is_dir())
     if not Path(name).exists() and not hub_name:
@@ -202,7 +205,7 @@ def write_checksum(folder: Path) -> None:
 
 
 def check_checksum(folder: Path) -> None:
-    """Raise UserError if the weights in a folder differ from its checksum.json. Folders of others have none."""
+    """Raise UserError if the weights in a folder do not match its checksum.json. Folders without this file pass."""
     if not (folder / CHECKSUM).exists():
         return
     if read_json(folder / CHECKSUM).get(WEIGHTS) != checksum(regular(folder / WEIGHTS)):
@@ -228,7 +231,7 @@ def quiet_transformers() -> None:
 
 
 def check_family(config: PreTrainedConfig, name: str, key: str, *others: str) -> None:
-    """Raise UserError for a model that is not of one of the FAMILIES, or of one of the other types."""
+    """Raise UserError unless a model belongs to one of the FAMILIES or to one of the other types."""
     if config.model_type not in (*FAMILIES, *others):
         types = " or ".join([", ".join(FAMILIES), *others])
         raise UserError(f"{key}: {name!r} is a model of type {config.model_type}; expected {types}")
@@ -268,8 +271,8 @@ def bert_of_dpr(name: str, config: PreTrainedConfig) -> BertModel:
 
 
 def set_dropout(backbone: PreTrainedModel, dropout: float | None, attention_dropout: float | None) -> None:
-    """Set the dropout of hidden states and of attention weights, in the modules and the config. None keeps it."""
-    queries = ("query", "q")  # names of the projection in self-attention of BERT and MPNet
+    """Set the dropout of hidden states and attention weights, in modules and config. None leaves it unchanged."""
+    queries = ("query", "q")  # self-attention of BERT and MPNet
     attention = {id(m.dropout) for m in backbone.modules() if any(hasattr(m, name) for name in queries)}
     module: Any
     for module in backbone.modules():

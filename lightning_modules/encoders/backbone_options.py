@@ -12,7 +12,7 @@ from datamodules.records import UserError
 
 @dataclass
 class LoraOptions:
-    """LoRA: train two small matrices for each linear layer instead of its weights. It needs the package peft."""
+    """LoRA: train two small matrices for each linear layer, instead of its weights. Needs the package peft."""
 
     rank: int = option(0, "rank of the two matrices; 0: no LoRA", minimum=0, maximum=100_000)
     alpha: float = option(16.0, "the product of the two matrices is multiplied by alpha / rank", above=0, maximum=1e6)
@@ -24,7 +24,7 @@ class LoraOptions:
 
 @dataclass
 class BackboneOptions:
-    """The Transformer inside the encoder. Without a name, or if its package is missing, it is a random BERT."""
+    """The Transformer inside the encoder. Without a name, or if its package is not installed, it is a random BERT."""
 
     name: str | None = option(
         None, "folder, hub name, or package:NAME, an installed package whose get_model_path() is a folder"

@@ -1,8 +1,8 @@
 """The encoder that all variants share: a Hugging Face backbone whose layers are computed one by one.
 
 The modules and parameters of the backbone are unchanged; only the loop over its layers is ours (families.py computes a
-single layer). That is why a variant can choose experts by the task it is called with, the last layer can compute only
-the pooled position, and several tasks can share the layers that do not depend on the task.
+single layer). So variants can choose experts by task, the last layer can compute only the pooled position, and several
+tasks can share the layers that do not depend on the task.
 
 Shapes: T tokens of B texts, packed end to end; L positions computed (T, or B if only the first one of each text is
 needed); D hidden size; n documents.
@@ -39,7 +39,7 @@ TaskVectors = dict[str, Tensor]  # task -> vectors (n, D)
 
 
 class EncodeKeywords(TypedDict, total=False):
-    """Types of the options of Encoder.encode, which documents them."""
+    """Types of the options of Encoder.encode, where they are documented."""
 
     token_budget: int | None
     advance: Advance | None
@@ -49,7 +49,7 @@ class EncodeKeywords(TypedDict, total=False):
 class Condition(NamedTuple):
     """Inputs of the layers that depend on the task.
 
-    experts: the expert of all texts, or the experts of groups of texts.
+    experts: expert of all texts, or the experts of groups of texts.
     prefixes: keys and values of the task's instruction, one Prefix per layer.
     routing: one-hot choice of an expert for each computed position, (L, E).
     mixtures: layer -> expert -> weight of its outputs, a scalar.
@@ -70,19 +70,19 @@ class Encoder(nn.Module):
     normalize: whether vectors are scaled to length 1.
     max_length: maximum number of tokens of a text, including special tokens.
 
-    A variant overrides layer, and condition if its layers depend on the task. It stores each argument of its
+    Variants override layer, and also condition if their layers depend on the task. They store each argument of their
     constructor in an attribute of the same name.
     """
 
-    # Whether a step on one task leaves some parameters without gradient, so that DDP must look for unused parameters.
+    # Whether a step on one task leaves some parameters without gradients, so that DDP must find unused parameters.
     has_idle_parameters: ClassVar[bool] = False
-    # Whether texts have different experts. Then the rows that an expert computes together depend on the batch.
+    # Whether texts of a task have different experts. If so, the number of rows per expert depends on the batch.
     groups_texts: ClassVar[bool] = False
     reads_keys: ClassVar[bool] = False  # whether it needs the hashes of texts, Tokens.keys
     # Names of the methods that compute one layer. Their first argument is its index.
     layer_methods: ClassVar[tuple[str, ...]] = ("layer",)
     lora_scale: float | None = None  # alpha / rank, of an encoder with LoRA (lora.py)
-    # Similarity that the encoder was trained with, "dot" or "cosine"; None if its files do not say.
+    # Similarity that the encoder was trained with, "dot" or "cosine"; None if unknown.
     similarity: str | None = None
     origin: str = ""  # checkpoint that the weights were loaded from: file in its run, optimizer step, and kind
 
@@ -112,12 +112,12 @@ class Encoder(nn.Module):
         if max_length > (limit := self.family.max_positions):
             raise UserError(f"max_length: got {max_length} tokens, but the backbone has positions for {limit}")
         self.backbone, self.tokenizer = backbone, tokenizer
-        self.features = nn.ModuleDict()  # name -> TextFeatures, which a variant may add
+        self.features = nn.ModuleDict()  # name -> TextFeatures, added by some variants
         self.tasks = dict(tasks)
         self.pooling, self.normalize, self.max_length = pooling, normalize, max_length
         self.gradient_checkpointing = False
         self.sharded = False  # whether distributed/sharding.py has split the parameters over ranks
-        self._weights: Mapping[Tensor, Tensor] = {}  # parameter -> tensor that replaces it during casting
+        self._weights: Mapping[Tensor, Tensor] = {}  # parameter -> replacement during casting
         self.encoded = {"texts": 0, "tokens": 0, "flops": 0.0}  # totals over all calls of encode (see throughput.py)
 
     @property
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
 
     @property
     def num_shared_layers(self) -> int:
-        """Number of layers before the first one that depends on the task. Several tasks share their computation."""
+        """Number of layers before the first one that depends on the task. They are computed once for several tasks."""
         return 0 if self._has_conditions else self.num_layers
 
     @property
@@ -155,7 +155,7 @@ class Encoder(nn.Module):
 
     @property
     def prompts(self) -> dict[str, str]:
-        """Task -> prompt at the start of each text. Empty if the encoder uses no prompts."""
+        """Task -> prompt at the start of each text. Empty if the encoder does not use prompts."""
         return {}
 
     def expert_of(self, task: str) -> str:
@@ -169,21 +169,21 @@ class Encoder(nn.Module):
         raise UserError(f"{type(self).__name__} has no experts, so a new task would change the vectors of the others")
 
     def neutral_weights(self) -> dict[str, Tensor]:
-        """Return values with which parameters have no effect, by name, for sources that lack these parameters."""
+        """Return parameters (by name) that have no effect, for copying weights from an encoder without them."""
         return {}
 
     def prepare(self, data: Any) -> None:
-        """Read what the encoder needs of the data, once and before training. Raises UserError. Most need nothing.
+        """Prepare the encoder with data, once, before training. Most encoders do nothing. Raises UserError on failure.
 
         data: ContrastiveDataModule that is set up and has the tokenizer.
         """
 
     def document_task(self, task: str) -> str:
-        """Return the task for which a task's documents are encoded. Queries are encoded for the task itself."""
+        """Return the task to encode a task's documents for. Queries are always encoded for the task itself."""
         return task
 
     def served_by(self, task: str) -> Hashable:
-        """Return what the vectors of a task depend on, such as its expert. Tasks with equal keys share vectors."""
+        """Return a key for everything that a task's vectors depend on. Tasks with equal keys share their vectors."""
         self.expert_of(task)
         return task if self._has_conditions else None
 
@@ -206,7 +206,7 @@ class Encoder(nn.Module):
     ) -> dict[str, Tensor]:
         """Return task -> vectors (B, D) of the same texts. Shared layers are computed once.
 
-        conditions: the condition of each task, if it is known already.
+        conditions: the condition of each task, if it was computed before.
         """
         with self.casting():
             distinct = {self.served_by(task): task for task in tasks}
@@ -234,7 +234,7 @@ class Encoder(nn.Module):
         return vectors, vectors.new_zeros(())
 
     def _forward_mixed(self, tokens: Tokens, tasks: Sequence[str]) -> Tensor:
-        """Return the vectors (B, D) of texts with one task each, computed task by task."""
+        """Return the vectors (B, D) of texts, task by task. tasks: task of each text."""
         groups = {task: [i for i, other in enumerate(tasks) if other == task] for task in dict.fromkeys(tasks)}
         vectors = torch.cat([self(tokens.select(texts), task) for task, texts in groups.items()])
         order = [text for texts in groups.values() for text in texts]
@@ -242,9 +242,9 @@ class Encoder(nn.Module):
 
     @contextmanager
     def casting(self) -> Iterator[None]:
-        """Under autocast, cast the weights of linear layers once, and not in each layer of each chunk.
+        """Under autocast, cast the weights of linear layers once, instead of in each layer of each chunk.
 
-        Embeddings and LayerNorm stay in float32. Sharded encoders keep autocast alone, as their weights are not whole.
+        Embeddings and LayerNorm stay in float32. For sharded encoders, which do not have whole weights, do nothing.
         """
         device = self.device.type
         if self.sharded or self._weights or not torch.is_autocast_enabled(device):
@@ -258,7 +258,7 @@ class Encoder(nn.Module):
 
     @contextmanager
     def _with_weights(self, weights: Mapping[Tensor, Tensor]) -> Iterator[None]:
-        """Replace parameters by other tensors. weights: parameter -> the tensor to compute with."""
+        """Replace parameters temporarily. weights: parameter -> its replacement."""
         replaced = [
             (module, name, parameter)
             for module in self.modules()
@@ -276,7 +276,7 @@ class Encoder(nn.Module):
                 module._parameters[name] = parameter
 
     def compile(self, *_: Any, **__: Any) -> None:
-        """Compile the parts of the layers. It takes about a minute in the first batches, and later ones are faster."""
+        """Compile the parts of the layers. This slows the first batches by about a minute, but speeds up the others."""
         for value in vars(self).values():
             if isinstance(value, Family):
                 value.compiled = True
@@ -289,7 +289,7 @@ class Encoder(nn.Module):
         return states
 
     def _computed_positions(self, index: int, states: Tensor, context: AttentionContext) -> Tensor:
-        """Return the positions that a layer computes, (L, D). With pooling "cls", the last one needs only [CLS]."""
+        """Return the positions that a layer computes, (L, D). With pooling "cls", the last layer needs only [CLS]."""
         if index < self.num_layers - 1 or not self.pools_one_position:
             return states
         return states[context.tokens.offsets[:-1]]
@@ -351,17 +351,17 @@ class Encoder(nn.Module):
     ) -> Tensor | TaskVectors:
         """Return the vectors (n, D) of documents, in float32 on the CPU.
 
-        They have length 1 only if the encoder was built with normalize=True. If not, normalize them before you compare
+        They have length 1 only if the encoder was built with normalize=True. Otherwise, normalize them before comparing
         them by cosine.
 
         documents: Document objects, dicts with "title" and "text" (or "abstract"), or strings (texts without title).
         task: task to encode for.
         tasks: several tasks, instead of task. The result is then task -> vectors, and shared layers are computed once.
-        token_budget: maximum number of tokens per forward pass, by default one that is fast on the device.
+        token_budget: maximum number of tokens per forward pass; the default is fast on the device.
         advance: function called after each forward pass with its number of texts.
-        batch_invariant: whether a text's vector must have the same bits whatever texts are encoded with it, on this
-            device and with this token_budget. It takes longer. On GPUs, it needs torch 2.13, and encoders whose
-            experts do not depend on the text.
+        batch_invariant: whether the exact bits of a text's vector must not depend on the texts encoded with it, for a
+            given device and token_budget. This takes longer. On GPUs, it needs torch 2.13, and an encoder whose experts
+            do not depend on the text.
         """
         options: Any = {"token_budget": token_budget, "advance": advance, "batch_invariant": batch_invariant}
         (vectors,) = self.encode_each([documents], **(options | {"task": task, "tasks": tasks}))
@@ -385,10 +385,10 @@ class Encoder(nn.Module):
         advance: Advance | None = None,
         batch_invariant: bool = False,
     ) -> Generator[Tensor] | Generator[TaskVectors]:
-        """Yield the result of encode for each group of documents, with the same bits.
+        """Yield the result of encode for each group of documents, with exactly the same bits.
 
-        The next groups are read and tokenised while the device computes, so this is faster than several calls. Close
-        the generator (contextlib.closing) if it may not be exhausted.
+        The next groups are read and tokenised while the device computes, so this is faster than calling encode for each
+        group. If you may not exhaust the generator, close it (contextlib.closing).
         """
         if self.sharded:
             raise RuntimeError("a sharded encoder cannot encode; use sharding.replica(encoder)")
@@ -413,7 +413,7 @@ class Encoder(nn.Module):
 
     @contextmanager
     def inferring(self) -> Iterator[None]:
-        """Compute without dropout and gradients, in the precision of autocast."""
+        """Compute without dropout or gradients, in the precision of autocast."""
         with evaluating(self), torch.inference_mode(), self.casting():
             yield
 
@@ -425,7 +425,10 @@ class Encoder(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Self:
-        """Load an encoder from a folder written by save_pretrained, or the hub. Raises UserError for other classes."""
+        """Load an encoder from a folder written by save_pretrained, or from the hub.
+
+        Raises UserError if it contains a different class.
+        """
         from lightning_modules.encoders.pretrained import load_pretrained
 
         encoder = load_pretrained(name, packages=[cls.__module__])  # the caller has imported it already
@@ -435,11 +438,11 @@ class Encoder(nn.Module):
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> None:
-    """Raise UserError if a tokenizer lacks words, separator or padding, or if the backbone lacks embeddings for it."""
+    """Raise UserError unless a tokenizer has words, separator and padding, and the backbone embeddings for all ids."""
     for name in ("sep_token", "pad_token_id"):
         if getattr(tokenizer, name, "") is None:
             raise UserError(f"the tokenizer has no {name}; is its tokenizer_config.json missing?")
-    # vocab_size leaves out tokens that were added to the tokenizer.
+    # vocab_size does not count tokens that were added to the tokenizer.
     vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
     if vocabulary and vocabulary.keys() <= set(tokenizer.all_special_tokens):  # transformers makes one without its file
         raise UserError("the tokenizer has no words, only special tokens; is its tokenizer.json or vocab.txt missing?")

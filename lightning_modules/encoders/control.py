@@ -1,7 +1,7 @@
 """The control of an MoE: experts of the same number and size that do not know the task.
 
-Each text goes to the expert that a hash of its token ids selects, so that the experts specialize in nothing. A
-comparison with MoEEncoder shows what knowing the task is worth, apart from more parameters.
+A hash of a text's token ids selects its expert, so that experts cannot specialize. A comparison with MoEEncoder shows
+the benefit of experts that know the task, apart from the additional parameters.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lightning_modules.encoders.moe import add_experts
 
 
 class ControlEncoder(Encoder):
-    """An encoder with as many experts as an MoEEncoder of the same tasks, which are chosen by a hash of the text.
+    """An encoder with as many experts as an MoEEncoder for the same tasks, but chosen by a hash of the text.
 
-    A text has the same expert for each task, in each batch, in training and inference.
+    A text always has the same expert: for every task and batch, in training and inference.
 
     attention, ffn, layers: sub-layers that have experts, as in MoEEncoder.
     """
@@ -55,9 +55,9 @@ class ControlEncoder(Encoder):
         return super()._layers(indices, states, context, Condition(experts=self._groups(context.tokens)))
 
     def _groups(self, tokens: Tokens) -> Groups:
-        """Return the rows of each expert. The host knows how many there are, so it does not wait for the device.
+        """Return the rows of each expert. Their number is computed on the host, which does not wait for the device.
 
-        Experts without a row are included, so that all ranks have gradients of the same parameters.
+        Experts without rows are included, so that all ranks have gradients for the same parameters.
         """
         choice = self.experts_of(tokens)
         texts = torch.from_numpy(choice).to(tokens.input_ids.device, non_blocking=True)

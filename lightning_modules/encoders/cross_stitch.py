@@ -4,12 +4,12 @@ In each layer with experts, an E x E matrix A mixes the outputs of all experts f
 
     out_t = sum_j A[t, j] expert_j(x)
 
-In the paper, all tasks read the same image, and each expert has inputs of its own. Here a text is encoded for one task,
+In the paper, all tasks read the same image, and each expert has its own inputs. Here, a text is encoded for one task,
 and all experts have the same inputs x. expert_j is a sub-layer with its residual connection and LayerNorm. A starts as
-the identity, so a new encoder equals an MoEEncoder. Training learns how much each task takes from each expert, and its
-gradients reach all of them.
+the identity, so a new encoder equals an MoEEncoder. Training learns how much each task uses each expert, and trains all
+experts on all tasks.
 
-The sub-layers that have experts are computed E times, in training and inference.
+Sub-layers with experts are computed E times, in training and inference.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lightning_modules.encoders.moe import MoEEncoder
 
 
 class CrossStitchEncoder(MoEEncoder):
-    """An MoEEncoder whose tasks also read the experts of other tasks.
+    """An MoEEncoder whose tasks also use the experts of other tasks.
 
     attention, ffn, layers: as in MoEEncoder. A layer with experts in both sub-layers has one matrix for both.
 
-    Each row of a matrix is a parameter of its own, stitches.LAYER.EXPERT (E,), with the experts in alphabetical order.
-    So a step on one task does not move the rows of others.
+    Each row of a matrix is a separate parameter, stitches.LAYER.EXPERT (E,), with the experts in alphabetical order. So
+    a step on one task does not change the rows of other tasks.
     """
 
     def _add_parameters(self) -> None:
@@ -59,7 +59,7 @@ class CrossStitchEncoder(MoEEncoder):
         expert = self.expert_of(task)
         mixtures = {index: self.stitch_weights(index, expert) for index in self.expert_layers}
         if self.training:
-            # The gradient of an expert whose weight stays 0 is not 0 but None, so AdamW does not move it.
+            # Experts whose weight stays 0 are skipped. Their gradient is None, not 0, so AdamW does not change them.
             for index, weights in mixtures.items():
                 if not self._matrix(index)[expert].requires_grad:
                     mixtures[index] = {name: weights[name] for name in self._experts_in_row(index, expert)}
@@ -71,7 +71,7 @@ class CrossStitchEncoder(MoEEncoder):
         The host waits for the row only if its values may have changed since the last call.
         """
         row = self._matrix(index)[expert]
-        state = id(row), row._version  # a copy of the encoder has other rows
+        state = id(row), row._version  # the id, because a copy of the encoder has different rows
         known, names = self._rows_read.get((index, expert), (None, []))
         if known != state:
             names = [name for name, weight in zip(sorted(self.experts), row.tolist(), strict=True) if weight]
@@ -93,10 +93,10 @@ class CrossStitchEncoder(MoEEncoder):
         return mixed(lambda name: family.feed_forward(layer, attended, context, name), self.ffn)
 
     def _forward_mixed(self, tokens: Tokens, tasks: Sequence[str]) -> Tensor:
-        return Encoder._forward_mixed(self, tokens, tasks)  # every expert computes every text, for each task
+        return Encoder._forward_mixed(self, tokens, tasks)  # MoEEncoder's computes only one expert per text
 
     def add_expert(self, name: str, like: str) -> None:
-        """Add a copy of an expert. Its row reads the copy in place of the original; other rows do not read it."""
+        """Add a copy of an expert. Its row uses the copy instead of the original; other rows do not use it."""
         super().add_expert(name, like)
         self._rows_read.clear()  # because a new row may have the id of a deleted one
         order = sorted(self.experts)
@@ -110,6 +110,6 @@ class CrossStitchEncoder(MoEEncoder):
 
 
 def stacked(weights: Mapping[str, Tensor], order: Sequence[str]) -> Tensor:
-    """Return weights as a tensor, with 0 for names without one. order: all names."""
+    """Return weights as a tensor, with 0 for missing names. order: all names."""
     zero = torch.zeros_like(next(iter(weights.values())))
     return torch.stack([weights.get(name, zero) for name in order])

@@ -5,7 +5,7 @@ task plus tanh(W r / std(r) + b), where r is the reachability of the anchors: th
 the paper is at each of the papers that walks visit most. Here the text attends to the instruction (instruct.py), and
 the second term is added to the embedding of its first token (text_features.py).
 
-Queries and papers that the graph lacks have no position, and their vectors are those of an encoder without positions.
+Queries, and papers that are not in the graph, have no position. They are encoded as without this feature.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class DualPromptEncoder(InstructEncoder):
 
     instructions, separate: as in InstructEncoder.
     prompt: whether texts attend to the instruction. If not, and without anchors, this is a SharedEncoder.
-    num_anchors: number of anchors; 0 for no positions, and the encoder is an InstructEncoder.
-    steps: largest number of steps of a walk.
+    num_anchors: number of anchors; with 0, there are no positions, and the encoder is an InstructEncoder.
+    steps: maximum number of steps of a walk.
     graph: file with pairs of paper ids, one pair per line, whose links replace the training links.
-    link_task: task whose papers are in the graph; by default the only one of kind link_prediction.
+    link_task: task whose papers are in the graph; by default, the only task of kind link_prediction.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class DualPromptEncoder(InstructEncoder):
         max_length: int = 256,
     ):
         if separate and not prompt:
-            raise UserError("separate: trains an encoder of instructions, which prompt=false leaves out")
+            raise UserError("separate: cannot be combined with prompt=false, which leaves out the instruction encoder")
         check_number("num_anchors", num_anchors, minimum=0)
         check_number("steps", steps, minimum=1)
         super().__init__(backbone, tokenizer, tasks, instructions, separate, pooling, normalize, max_length)
@@ -76,7 +76,7 @@ class DualPromptEncoder(InstructEncoder):
         return super().condition(task) if self.prompt else Condition()
 
     def prepare(self, data: Any) -> None:
-        """Compute the positions, unless the encoder was loaded with positions. Papers added since then have none."""
+        """Compute the positions, unless the encoder was loaded with them. Papers added since then get no position."""
         if not self.num_anchors or len(features := cast(TextFeatures, self.features["positions"])):
             return
         task = self._link_task(data)

@@ -41,7 +41,7 @@ AVERAGE = "average"
 
 
 def dense(encoder: Encoder, task: str) -> Encoder:
-    """Return a SharedEncoder or PromptEncoder that computes the vectors of one task. Raises UserError if neither can.
+    """Return a SharedEncoder or PromptEncoder that computes one task's vectors. Raises UserError if that is impossible.
 
     task: a task of the encoder, or "average" for the mean of all experts.
     """
@@ -78,7 +78,7 @@ def save_dense(encoder: Encoder, task: str, folder: str | Path, similarity: str 
     """Write one task as a plain folder for transformers, sentence-transformers and text-embeddings-inference.
 
     task: a task of the encoder, or "average" for the mean of all experts.
-    similarity: "dot" or "cosine", how vectors are compared; by default as in training, dot if unknown.
+    similarity: similarity of vectors, "dot" or "cosine"; by default as in training, or dot if unknown.
     """
     folder, plain = Path(folder), dense(encoder, task)
     quiet_transformers()
@@ -146,7 +146,7 @@ def save_onnx(folder: str | Path) -> Path:
     except ImportError as error:
         raise UserError("onnx: the packages onnx and onnxscript are not installed") from error
     quiet_transformers()
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # log optimizations, and that torchvision is missing
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # they log optimizations, and that torchvision is missing
         logging.getLogger(name).setLevel(logging.ERROR)
     folder = Path(folder)
     pooling = json.loads((folder / "1_Pooling" / "config.json").read_text(encoding="utf-8"))
@@ -179,7 +179,7 @@ def save_onnx(folder: str | Path) -> Path:
 
 
 def save_reference(encoder: Encoder, path: str | Path) -> Path:
-    """Write a checkpoint in the layout of SciMult's authors. If writing fails, an existing file stays unchanged."""
+    """Write a checkpoint in the layout of SciMult's authors. If writing fails, an existing file is kept."""
     path, checkpoint = Path(path), to_reference(without_lora(encoder))
     with explained(f"{path}: cannot be written", OSError, RuntimeError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,7 +15,7 @@ from lightning_modules.retrieval.compute import evaluating
 
 
 def check_new_tasks(encoder: Encoder, tasks: Mapping[str, str]) -> None:
-    """Raise UserError if a task (task -> expert) or its expert already exists, or the encoder cannot add experts."""
+    """Raise UserError if a task or expert already exists, or if the encoder has no experts. tasks: task -> expert."""
     if type(encoder).add_expert is Encoder.add_expert:
         encoder.add_expert("", "")  # raises
     for task, expert in tasks.items():
@@ -42,9 +42,9 @@ def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str
 
 
 def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch]) -> dict[str, float]:
-    """Return, for each existing task, the mean loss of a new task's batches encoded as that task.
+    """Return existing task -> mean loss of a new task's batches when they are encoded as the existing task.
 
-    The task with the lowest loss is nearest.
+    The task with the lowest loss is the nearest.
     """
     tasks, batches = list(module.encoder.tasks), list(batches)
     with evaluating(module), torch.no_grad():
@@ -53,7 +53,7 @@ def losses_by_task(module: ContrastiveModule, batches: Iterable[ContrastiveBatch
 
 
 def _loss_as(module: ContrastiveModule, batch: ContrastiveBatch, task: str) -> float:
-    """Return the loss of a batch when its texts are encoded for another task. The objective is that of its own task."""
+    """Return the loss of a batch when its texts are encoded for another task. The objective does not change."""
     batch = batch.to(module.encoder.device)
     vectors, penalty = module.embed(dataclasses.replace(batch, task=task))
     return float(module.objective(vectors, batch)["loss"] + penalty)

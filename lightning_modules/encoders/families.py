@@ -1,11 +1,11 @@
 """Families of backbones. Each computes one Transformer layer of a Hugging Face model, sub-layer by sub-layer.
 
     Bert         BERT, RoBERTa, XLM-RoBERTa, CamemBERT: LayerNorm after each sub-layer, positions in the embeddings
-    MPNet        MPNet: the same, and a bias of the scores by the distance of query and key, which all layers share
+    MPNet        MPNet: the same, plus a bias on the scores by distance of query and key, shared by all layers
     ModernBert   ModernBERT: LayerNorm before each sub-layer, rotary positions, sliding windows in most layers
 
-Modules and parameters remain those of Hugging Face; only the forward pass is ours. It can therefore compute texts that
-are packed end to end, replace sub-modules by Experts, and prepend a Prefix to the keys and values of attention.
+Modules and parameters come from Hugging Face; only the forward pass is ours. It can therefore compute texts that are
+packed end to end, replace sub-modules with Experts, and prepend a Prefix to the keys and values of attention.
 
 Everything but attention is computed row by row, by functions of modules and tensors that torch can compile.
 
@@ -46,28 +46,30 @@ def pick(module: nn.Module, expert: Any) -> Any:
 
 
 def any_expert(module: nn.Module) -> Any:
-    """Return one of the experts of a module, whose settings are all equal, or the module itself."""
+    """Return any expert's copy of a module, for settings that all copies share, or the module itself."""
     return next(iter(module.experts.values())) if isinstance(module, Experts) else module
 
 
 def active_rate(dropout: nn.Dropout) -> float:
-    """Return the rate of a dropout module, or 0 in inference."""
+    """Return the rate of a dropout module; 0 in inference."""
     return dropout.p if dropout.training else 0.0
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Which expert computes which rows, in a batch whose texts have different experts.
+    """The rows of each expert, in a batch whose texts have different experts.
 
-    tokens, texts: pairs of an expert and its rows, among the T tokens and among the B texts. All rows belong to one
-        expert. If they are slices, they follow each other, so that no row is copied to be computed.
+    tokens: pairs of an expert and its rows among the T tokens. Each row is in exactly one pair.
+    texts: the same for the B texts.
+
+    Rows can be consecutive slices, so that they are computed without copying.
     """
 
     tokens: Sequence[tuple[str, slice | Tensor]]
     texts: Sequence[tuple[str, slice | Tensor]]
 
 
-# The expert of all rows, by name; the experts of groups of rows; or None if there are no experts.
+# The name of the expert of all rows, the experts of groups of rows, or None without experts.
 Choice = str | Groups | None
 
 
@@ -78,10 +80,10 @@ def by_expert(
     context: AttentionContext,
     *inputs: Tensor,
 ) -> Tensor:
-    """Compute rows with their experts, (L, ...).
+    """Compute each row with its expert, (L, ...).
 
-    compute: function of the modules and of rows of the inputs.
-    modules: modules that may have experts.
+    compute: function of the modules, and of rows of the inputs.
+    modules: modules, with or without experts.
     inputs: tensors (L, ...).
     """
     if not isinstance(choice, Groups) or not any(isinstance(module, Experts) for module in modules):
@@ -96,8 +98,8 @@ def by_expert(
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function of modules and rows.
 
-    It is compiled again only for another type, for inference, and for a single row: the number of rows is dynamic, and
-    modules of the same kind share the code. Attention, whose shapes differ in each batch, is not compiled.
+    It is compiled again only for a new dtype, for inference, and for a single row: the number of rows is dynamic, and
+    modules of the same kind share their code. Attention is not compiled, because its shapes differ in each batch.
     """
     return torch.compile(function, dynamic=True)
 
@@ -111,10 +113,10 @@ class Family(ABC):
     """Base class of all families.
 
     attention_modules, ffn_modules: names of the sub-modules of a layer that Experts can replace.
-    inputs: modules that begin uses.
+    inputs: modules that `begin` uses.
     max_positions: maximum number of tokens of a text.
     compiled: whether the functions of rows are compiled.
-    distance_bias: function that returns the bias of an AttentionContext, or None if the family has none.
+    distance_bias: function that returns the bias of an AttentionContext; None for families without a bias.
     """
 
     attention_modules: tuple[str, ...]
@@ -145,12 +147,13 @@ class Family(ABC):
     ) -> Tensor:
         """Compute attention and its residual connection, (L, D).
 
-        states: all positions, (T, D). hidden: the positions for which the output is computed, (L, D).
+        states: all positions, (T, D).
+        hidden: positions for which the output is computed, (L, D).
         """
 
     @abstractmethod
     def prefix(self, layer: nn.Module, states: Tensor, context: AttentionContext) -> Prefix:
-        """Return the keys and values of one text, (P, D), in a layer."""
+        """Return the keys and values of a layer for the states of one text, (P, D)."""
 
     @abstractmethod
     def feed_forward(
@@ -159,12 +162,12 @@ class Family(ABC):
         """Compute the feed-forward sub-layer and its residual connection, (L, D)."""
 
     def end(self, hidden: Tensor) -> Tensor:
-        """Apply what follows the last layer, by default nothing."""
+        """Apply the modules after the last layer; by default, there are none."""
         return hidden
 
 
 def _in_autocast_type(x: Tensor) -> Tensor:
-    """Return a tensor in the type in which matrices are multiplied."""
+    """Cast a tensor to the type of matrix products."""
     kind = x.device.type
     return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
@@ -182,7 +185,7 @@ def _bert_feed_forward(intermediate: Any, output: Any, hidden: Tensor) -> Tensor
 
 
 def _add_and_normalize(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tensor:
-    """Return LayerNorm(x + residual) in the type of x, computed in that of the norm (float32 under autocast)."""
+    """Return LayerNorm(x + residual) in the type of x, computed in the norm's type (float32 under autocast)."""
     return norm(x.to(norm.weight.dtype) + residual).to(x.dtype)
 
 
@@ -213,14 +216,14 @@ class Bert(Family):
         return _in_autocast_type(hidden), AttentionContext(tokens, positions, {}, bias)
 
     def _roberta_positions(self, tokens: Tokens) -> Tensor:
-        """Return rows of the position embeddings. A padding token within a text has no position, as in transformers."""
+        """Return rows of the position embeddings. As in transformers, padding tokens within a text have no position."""
         counted = (tokens.input_ids != self.padding_id).long()
         total = F.pad(counted.cumsum(0), (1, 0))
         before = total[tokens.offsets[:-1]]
         return (total[1:] - tokens.spread(before)) * counted + self.padding_id
 
     def attention_parts(self, layer: Any) -> tuple[Any, Any, Any]:
-        """Return the modules with the projections, with the output projection, and with dropout and LayerNorm."""
+        """Return three modules: with the projections, with the output projection, and with dropout and LayerNorm."""
         attention = layer.attention
         return attention.self, attention.output.dense, attention.output
 
@@ -328,7 +331,7 @@ class ModernBert(Family):
 
 
 def _projected(norm: Any, attn: Any, rows: Tensor) -> Tensor:
-    """Return queries, keys and values, which one matrix projects to."""
+    """Return queries, keys and values, computed by one matrix."""
     return attn.Wqkv(norm(rows))
 
 
@@ -343,8 +346,8 @@ def _key_value(norm: Any, attn: Any, rows: Tensor) -> Tensor:
 
 
 def _projected_by(linear: nn.Module, outputs: slice, rows: Tensor) -> Tensor:
-    """Compute some outputs of a linear layer."""
-    if not isinstance(linear, nn.Linear):  # a layer of LoRA computes more than its weight does
+    """Compute only some output dimensions of a linear layer."""
+    if not isinstance(linear, nn.Linear):  # a LoRA layer, whose weight does not determine its output
         return linear(rows)[:, outputs]
     return F.linear(rows, linear.weight[outputs], None if linear.bias is None else linear.bias[outputs])
 
@@ -375,7 +378,7 @@ FAMILIES: dict[str, Callable[[Any], Family]] = {
 
 
 def family_of(backbone: PreTrainedModel) -> Family:
-    """Return the family of a backbone. Raises UserError if it belongs to none of them."""
+    """Return the family of a backbone. Raises UserError if it does not belong to any."""
     model_type = getattr(getattr(backbone, "config", None), "model_type", None)
     if model_type not in FAMILIES:
         kind = type(backbone).__name__ + (f" ({model_type})" if model_type else "")

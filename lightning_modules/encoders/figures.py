@@ -1,4 +1,4 @@
-"""Figures with image vectors: an encoder of text that also reads a vector of each figure, precomputed by any model.
+"""Figures with image vectors: a text encoder that also reads a vector of each figure, precomputed by any model.
 
 A linear layer maps the vector of an image, such as CLIP's, to the hidden size. The result is added to the embedding of
 the first token of the figure's text (text_features.py). No image is decoded here.
@@ -26,14 +26,14 @@ NPZ_ERRORS = (OSError, ValueError, *ARRAY_ERRORS, *ZIP_ERRORS)
 
 
 class FigureEncoder(MoEEncoder):
-    """A MoEEncoder that adds image vectors to the texts of figures. Other texts are encoded as without them.
+    """An MoEEncoder that adds image vectors to the texts of figures. All other texts are encoded as usual.
 
     The vectors are read once, before training, and saved with the encoder.
 
     attention, ffn, layers: as in MoEEncoder.
-    image_size: numbers per image vector; 0 for none, and the encoder is a MoEEncoder.
+    image_size: size of the image vectors; with 0, there are none, and the encoder is an MoEEncoder.
     vectors: .npz file with the arrays `ids`, names of figures (n,), and `vectors`, (n, image_size).
-    figure_task: task whose corpus has the figures. Each of them needs a vector.
+    figure_task: task whose corpus has the figures. Each figure needs a vector.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class FigureEncoder(MoEEncoder):
             self.features["images"] = TextFeatures(image_size, self.dimension, bounded=False)
 
     def prepare(self, data: Any) -> None:
-        """Read the vectors of all figures, unless the encoder was loaded with some."""
+        """Read the vectors of all figures, unless the encoder was loaded with them."""
         if not self.image_size or len(features := cast(TextFeatures, self.features["images"])):
             return
         tasks = getattr(data, "by_name", {})
@@ -70,7 +70,7 @@ class FigureEncoder(MoEEncoder):
                 f"figure_task: expected the task that ranks figures, got {self.figure_task!r}; tasks: {names}"
             )
         if not self.vectors:
-            raise UserError("vectors: required with image_size, a .npz file with ids and vectors")
+            raise UserError("vectors: image_size needs a .npz file with ids and vectors")
         rows_of, vectors = read_image_vectors(Path(self.vectors), self.image_size)
         task = tasks[self.figure_task]
         rows = [row for row in np.flatnonzero(task.corpus_rows()).tolist() if not task.documents[row].is_blank]
@@ -84,7 +84,7 @@ class FigureEncoder(MoEEncoder):
 
 
 def read_image_vectors(path: Path, size: int) -> tuple[dict[str, int], np.ndarray]:
-    """Return the row of each figure, and the vectors (n, size), float32. Raises UserError for another kind of file."""
+    """Return figure -> row, and the vectors (n, size), float32. Raises UserError if the file is not as expected."""
     problem = f"{path}: expected a .npz file with the arrays ids and vectors"
     with explained(problem, *NPZ_ERRORS), np.load(regular(path), allow_pickle=False) as file:
         ids, vectors = file["ids"], file["vectors"]
@@ -98,5 +98,5 @@ def read_image_vectors(path: Path, size: int) -> tuple[dict[str, int], np.ndarra
         raise UserError(f"{path}: expected a vector per figure, got {len(ids)} vectors of {len(rows)} figures")
     if not np.isfinite(vectors).all():
         row = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
-        raise UserError(f"{path}: the vector of {str(ids[row])!r} contains a number that is not finite")
+        raise UserError(f"{path}: the vector of {str(ids[row])!r} contains a non-finite number")
     return rows, vectors.astype(np.float32)

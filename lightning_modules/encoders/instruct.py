@@ -2,11 +2,11 @@
 
     Instruction   The instruction is encoded separately, by the same parameters. In each layer, the text attends to
                   itself and to the states of the instruction before that layer.
-    Prefix        The same, with a separate instruction encoder. Only that one is trained; the text encoder is frozen.
+    Prefix        The same, with a separate instruction encoder, which is trained. The text encoder is frozen.
     Prompt        The text starts with the instruction.
 
-The paper does not say where positions start. As in the authors' later code, those of a text start at 0, and the text
-encoder projects the instruction's states to keys and values, in Prefix too.
+The paper does not define where positions start. As in the authors' later code, a text's positions start at 0, and the
+text encoder projects the instruction's states to keys and values, even in Prefix.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class InstructEncoder(Encoder):
             self.instruction_backbone = copy.deepcopy(backbone)
             self.instruction_family = family_of(self.instruction_backbone)
             backbone.requires_grad_(False)
-            # The last layer stays frozen. It would get no gradient, because the states after it are not used.
+            # The last layer stays frozen: its output is not used, so it would not get a gradient.
             self.instruction_backbone.requires_grad_(False)
             for module in (*self.instruction_family.inputs, *self.instruction_family.layers[:-1]):
                 module.requires_grad_(True)
@@ -86,10 +86,10 @@ class InstructEncoder(Encoder):
         return self.tokenizer(instruction)["input_ids"]
 
     def _tokens(self, instruction: str) -> Tokens:
-        """Return the token ids of an instruction. They stay on the device, so that no step waits for a copy."""
+        """Return the token ids of an instruction. They are kept on the device, so that no step waits for a copy."""
         key = instruction, self.device
         if key not in self._instruction_tokens:
-            with torch.inference_mode(False):  # training may use them, too
+            with torch.inference_mode(False):  # outside of inference mode, because training may use them, too
                 self._instruction_tokens[key] = Tokens.pack([self._token_ids(instruction)]).to(self.device)
         return self._instruction_tokens[key]
 

@@ -42,7 +42,7 @@ from lightning_modules.parts import expert_in, without_expert
 
 log = logging.getLogger(__name__)
 
-DEFAULT_LENGTH = 512  # maximum number of tokens of a plain model that says nothing else
+DEFAULT_LENGTH = 512  # maximum number of tokens, for plain models without this setting
 RUN_CHECKPOINTS = {  # in the order in which checkpoint_of looks for them
     "merged.ckpt": "average of the trained weights and those before training",
     "best.ckpt": "best on the dev data",
@@ -52,7 +52,7 @@ DEFAULT_TASKS = {"classification": "classification", "link_prediction": "link_pr
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
-    """Return the description from which build makes the same encoder, without LoRA."""
+    """Return a description from which `build` makes the same encoder, without LoRA."""
     with tempfile.TemporaryDirectory() as folder:
         encoder.tokenizer.save_pretrained(folder)
         files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
@@ -78,9 +78,9 @@ def build(
 ) -> Encoder:
     """Build an encoder from its description, without weights. Raises UserError if the description is damaged.
 
-    tokenizer: by default that of the description.
-    source: name of the file that is loaded, for error messages.
-    packages: other packages whose encoders may be built, as in load_encoder.
+    tokenizer: tokenizer of the encoder; by default, the description's.
+    source: name of the loaded file, for error messages.
+    packages: additional packages whose encoders may be built, as in load_encoder.
     """
     kind = _encoder_class(description.get("kind"), packages)
     quiet_transformers()
@@ -94,7 +94,7 @@ def build(
         check_size(settings)
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         encoder = kind(meta_backbone(config), tokenizer, **description["arguments"])
-        if (similarity := description.get("similarity")) is not None:  # older descriptions have none
+        if (similarity := description.get("similarity")) is not None:  # older descriptions do not have it
             encoder.similarity = check_choice("similarity", similarity, SIMILARITIES)
         return encoder
     except UserError as error:
@@ -104,7 +104,7 @@ def build(
 
 
 def _encoder_class(path: object, packages: Sequence[str]) -> type[Encoder]:
-    """Import an encoder's class. Other packages are refused, because importing them would run their code."""
+    """Import an encoder's class. Unlisted packages are refused, because importing them would run their code."""
     module, _, name = str(path).rpartition(".")
     packages = [packages] if isinstance(packages, str) else packages
     if not is_in(module, ["lightning_modules.encoders", *packages]):
@@ -136,17 +136,17 @@ def load_encoder(
 ) -> Encoder:
     """Load an encoder, in eval mode. Raises UserError if the model is unsupported or damaged.
 
-    model: a run's folder (which file: see checkpoint_of), a checkpoint of this project, SciMult's authors or
-        DPR, or the folder or hub name of a saved encoder, a plain BERT, RoBERTa, MPNet or ModernBERT, or a DPR encoder.
+    model: a run's folder (checkpoint_of chooses the file), a checkpoint of this project, SciMult's authors or DPR, or
+        the folder or hub name of a saved encoder, a plain BERT, RoBERTa, MPNet or ModernBERT, or a DPR encoder.
     tasks: task -> expert, for a plain model; by default the paper's three tasks.
-    backbone: folder or hub name of the configuration and tokenizer, which checkpoints of the authors and of DPR lack.
-    pooling: one of POOLINGS, for a plain model; by default that of its sentence-transformers files, or else "cls".
-        Raises UserError if another model has another one.
+    backbone: folder or hub name of the configuration and tokenizer. Checkpoints of the authors and of DPR need it.
+    pooling: one of POOLINGS, for a plain model; by default from its sentence-transformers files, or else "cls". For any
+        other model, a pooling that differs from the model's own raises UserError.
     tower: "query" or "document", for a DPR checkpoint.
     adapters: task -> folder or hub name of an adapter in SPECTER2's form, for a plain model.
     key: argument that the model comes from, for error messages.
-    packages: importable packages or modules whose encoders may be loaded, too. Importing them runs their code, so name
-        only those that you trust.
+    packages: additional packages or modules whose encoders may be loaded. Importing them runs their code, so name only
+        packages that you trust.
     """
     from lightning_modules.encoders.adapters import with_adapters
     from lightning_modules.encoders.pretrained import load_pretrained
@@ -180,7 +180,7 @@ def check_serves(encoder: Encoder, tasks: Iterable[str], key: str) -> None:
 
 
 def is_plain(model: str | Path, key: str = "model") -> bool:
-    """Return whether a model is a plain one, and not an encoder of this project or a checkpoint.
+    """Return whether a model is plain: neither an encoder of this project nor a checkpoint.
 
     Raises UserError if the model does not exist. key: argument that the model comes from, for error messages.
     """
@@ -191,7 +191,7 @@ def is_plain(model: str | Path, key: str = "model") -> bool:
 
 
 def checkpoint_of(run: Path) -> Path:
-    """Return a run's average with its start, or else its best checkpoint, or else its last one."""
+    """Return the first of RUN_CHECKPOINTS that a run has: merged with its start, best, or last."""
     for name in RUN_CHECKPOINTS:
         if (run / "checkpoints" / name).is_file():
             return run / "checkpoints" / name
@@ -199,16 +199,16 @@ def checkpoint_of(run: Path) -> Path:
 
 
 def _other_checkpoints(path: Path) -> str:
-    """Return advice for a run of which one checkpoint cannot be loaded. path: that checkpoint."""
+    """Return advice for a run whose checkpoint cannot be loaded. path: this checkpoint."""
     others = [str(other) for name in RUN_CHECKPOINTS if (other := path.with_name(name)) != path and other.is_file()]
-    advice = f". Instead of the run, you may name {' or '.join(others)}" if others else ""
+    advice = f". Instead of the run, you can name {' or '.join(others)}" if others else ""
     if path.name == "merged.ckpt":
-        advice += ". The command that trained the run makes a damaged merged.ckpt again"
+        advice += ". To make merged.ckpt again, repeat the command that trained the run"
     return advice
 
 
 def _origin(path: Path, step: object) -> str:
-    """Describe a checkpoint in words, without the folder of its run. step: its optimizer step, if it has one."""
+    """Describe a checkpoint in words, without the folder of its run. step: optimizer step, if known."""
     in_run = path.parent.name == "checkpoints"
     name = f"checkpoints/{path.name}" if in_run else path.name
     kind = f" ({RUN_CHECKPOINTS[path.name]})" if in_run and path.name in RUN_CHECKPOINTS else ""
@@ -247,7 +247,8 @@ def _load_checkpoint(
     if is_reference(checkpoint):
         if backbone is None:
             raise UserError(
-                f"backbone: required, folder or hub name of the configuration and tokenizer that {path} lacks"
+                f"backbone: required, because {path} has no configuration and tokenizer; set it to the folder or hub "
+                "name of a model that has them"
             )
         empty, tokenizer = load_backbone(str(backbone), "backbone", with_weights=False)
         encoder, weights = from_reference(checkpoint, empty, tokenizer, str(path), tower)
@@ -275,9 +276,9 @@ def _warn_of_unused(model: str | Path, backbone: str | Path | None, tower: str |
 
 
 def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -> None:
-    """Copy weights into an encoder. Raises UserError if any are missing, unexpected or of another shape.
+    """Copy weights into an encoder. Raises UserError if any are missing, unexpected or have the wrong shape.
 
-    source: name of the file that is loaded, for error messages.
+    source: name of the loaded file, for error messages.
     """
     for name, features in encoder.features.items():
         if isinstance(keys := weights.get(f"features.{name}.keys"), Tensor) and keys.ndim == 1:
@@ -302,11 +303,11 @@ def load_weights(encoder: Encoder, weights: Mapping[str, Tensor], source: str) -
 
 
 def weight_problems(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
-    """Describe the weights that are missing, unexpected or of another shape; "" if there are none."""
+    """Describe the weights that are missing, unexpected or have the wrong shape; "" without problems."""
     problems = {
         "missing": [name for name in expected if name not in weights],
         "unexpected": [name for name in weights if name not in expected],
-        "of another shape": [
+        "with the wrong shape": [
             f"{name}: expected {tuple(tensor.shape)}, got {tuple(weights[name].shape)}"
             for name, tensor in expected.items()
             if name in weights and weights[name].shape != tensor.shape
@@ -317,7 +318,7 @@ def weight_problems(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor
 
 
 def with_weights(encoder: Encoder, weights: Mapping[str, Tensor]) -> Encoder:
-    """Return another encoder with the arguments of this one, and other weights. If it has LoRA, they are merged."""
+    """Return a new encoder with the same arguments and the given weights. LoRA matrices are merged into the weights."""
     copy = build(describe_architecture(encoder), encoder.tokenizer, packages=[type(encoder).__module__])
     name = type(encoder).__name__
     load_weights(copy, merge_lora(weights, encoder.lora_scale, name), name)
@@ -325,7 +326,7 @@ def with_weights(encoder: Encoder, weights: Mapping[str, Tensor]) -> Encoder:
 
 
 def without_lora(encoder: Encoder) -> Encoder:
-    """Return a copy of an encoder with its LoRA merged, or the encoder itself if it has none."""
+    """Return a copy of an encoder with its LoRA merged, or the encoder itself without LoRA."""
     return encoder if encoder.lora_scale is None else with_weights(encoder, encoder.state_dict())
 
 
@@ -333,8 +334,8 @@ def continue_from(source: Encoder, target: Encoder, name: str) -> None:
     """Initialize an encoder from a trained one (the paper's second stage, appendix C).
 
     From a SharedEncoder, each expert and instruction encoder starts as a copy of the shared weights; gates and adapters
-    keep their initial values. A CrossStitchEncoder may also start from an MoEEncoder. Any other source must have the
-    architecture of the target; it may have more experts, which are left out.
+    keep their initial values. A CrossStitchEncoder can also start from an MoEEncoder. Any other source must have the
+    architecture of the target; additional experts are left out.
 
     name: name of the source, for messages.
     """
@@ -342,7 +343,7 @@ def continue_from(source: Encoder, target: Encoder, name: str) -> None:
     source_experts, experts = ({expert_in(key) for key in keys} for keys in (weights, target.state_dict()))
     if experts > {None} and (left_out := source_experts - experts):
         names = ", ".join(sorted(map(str, left_out)))
-        log.info("%s has experts that no task of this run uses; left out: %s", name, names)
+        log.info("%s: left out experts that no task of this run uses: %s", name, names)
         weights = {key: tensor for key, tensor in weights.items() if expert_in(key) not in left_out}
     if isinstance(source, SharedEncoder):
         weights = {k: v for k, v in target.state_dict().items() if not dense_key(k).startswith("backbone.")} | weights
@@ -350,10 +351,10 @@ def continue_from(source: Encoder, target: Encoder, name: str) -> None:
 
 
 def weights_for(source: Encoder, target: Encoder) -> dict[str, Tensor]:
-    """Return the weights of an encoder under the names that they have in another.
+    """Return the weights of one encoder under the parameter names of another.
 
-    From a SharedEncoder, each expert and instruction encoder of the target gets the shared weights in its place.
-    Parameters that only the target has get values without an effect (Encoder.neutral_weights).
+    From a SharedEncoder, each expert and instruction encoder of the target gets the shared weights. Parameters that
+    only the target has get values without effect (Encoder.neutral_weights).
     """
     weights, neutral = source.state_dict(), target.neutral_weights()
     if not isinstance(source, SharedEncoder):

@@ -3,7 +3,7 @@
 A linear layer of the backbone computes W x + alpha / rank * B A x instead of W x. W is frozen; A (rank, in) and B (out,
 rank) are trained. B starts at 0, so a new encoder equals its backbone.
 
-Encoders have these matrices in training only. Loading and exporting merge them into W, and need no peft.
+Encoders have these matrices only in training. Loading and exporting merge them into W, without peft.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from lightning_modules.parts import without_expert
 
 
 def add_lora(encoder: Encoder, options: LoraOptions) -> None:
-    """Freeze the backbone, and train matrices for those of its linear layers that were trained until now.
+    """Freeze the backbone, and add matrices to its linear layers that were trainable.
 
-    Parameters outside the backbone, such as gates, are trained as before. Raises UserError for wrong targets.
+    Parameters outside the backbone, such as gates, are trained as before. Raises UserError for invalid targets.
     """
     check_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -40,7 +40,7 @@ def add_lora(encoder: Encoder, options: LoraOptions) -> None:
     for layer, attention in layers:
         names = [name for name, plain in linear[layer].items() if _is_chosen(name, plain, options.targets, attention)]
         if names:
-            # Given a list, peft would also match longer names with the same ending.
+            # A pattern, because with a list, peft would also match longer names with the same ending.
             pattern = "|".join(map(re.escape, names))
             settings: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
             inject_adapter_in_model(LoraConfig(target_modules=pattern, **settings), layer)
@@ -49,7 +49,7 @@ def add_lora(encoder: Encoder, options: LoraOptions) -> None:
 
 
 def _start_experts_equal(layer: nn.Module) -> None:
-    """Copy A of the first expert to the others. B is 0."""
+    """Copy A of the first expert to the other experts. B is 0 in all of them."""
     for module in layer.modules():
         if isinstance(module, Experts):
             first, *others = module.experts.values()
@@ -59,7 +59,7 @@ def _start_experts_equal(layer: nn.Module) -> None:
 
 
 def _trained_linear(layer: nn.Module) -> dict[str, str]:
-    """Return the trained linear modules of a layer: name -> name without that of the expert."""
+    """Return the trained linear modules of a layer: name -> name without the expert's."""
     return {
         name: without_expert(name)
         for name, module in layer.named_modules()
@@ -68,20 +68,21 @@ def _trained_linear(layer: nn.Module) -> dict[str, str]:
 
 
 def _is_chosen(name: str, plain: str, targets: Sequence[str], attention: Sequence[str]) -> bool:
-    """Return whether a linear module gets matrices. attention: names of the modules of attention."""
+    """Return whether a linear module gets matrices. attention: names of the attention modules."""
     if targets:
         return any(f".{plain}".endswith(f".{target}") for target in targets)
     return name != plain or any(f"{plain}.".startswith(f"{module}.") for module in attention)
 
 
 def _check_targets(targets: Sequence[str], linear: Collection[Mapping[str, str]], encoder: str) -> None:
-    """Raise UserError for targets that are not trained, or leave experts without matrices. encoder: name of its class.
+    """Raise UserError if a target is not trained, or if no target is inside the experts.
 
-    linear: modules of each layer, as in _trained_linear.
+    linear: modules of each layer, as returned by _trained_linear.
+    encoder: class name of the encoder, for the error.
     """
     names = {name: plain for layer in linear for name, plain in layer.items()}
     if not names:
-        raise UserError(f"lora.rank: {encoder} trains no linear layer of its backbone; set it to 0")
+        raise UserError(f"lora.rank: {encoder} does not train any linear layer of its backbone; set it to 0")
     for target in targets:
         if not any(_is_chosen(name, plain, [target], ()) for name, plain in names.items()):
             known = ", ".join(sorted(set(names.values())))
@@ -95,17 +96,18 @@ def _check_targets(targets: Sequence[str], linear: Collection[Mapping[str, str]]
 
 
 def unfreeze(module: nn.Module) -> None:
-    """Train all parameters of a module, or with LoRA only its matrices."""
+    """Make all parameters of a module trainable; with LoRA, only its matrices."""
     matrices = [parameter for name, parameter in module.named_parameters() if re.search(r"lora_[AB]\.default", name)]
     for parameter in matrices or module.parameters():
         parameter.requires_grad_(True)
 
 
 def merge_lora(weights: Mapping[str, Tensor], scale: Any, source: str) -> dict[str, Tensor]:
-    """Return the state_dict that an encoder has after its matrices are merged into its weights.
+    """Merge the matrices in a state_dict into the weights.
 
-    scale: alpha / rank, or None without LoRA. source: name of the file, for error messages. Raises UserError if the
-    matrices do not fit the weights.
+    scale: alpha / rank, or None without LoRA.
+    source: name of the file, for error messages.
+    Raises UserError if the matrices do not fit the weights.
     """
     merged = dict(weights)
     for key in weights if scale is not None else ():
@@ -115,7 +117,7 @@ def merge_lora(weights: Mapping[str, Tensor], scale: Any, source: str) -> dict[s
         try:
             names = (f"{layer}.{name}.weight" for name in ("lora_B.default", "lora_A.default", "base_layer"))
             up, down, weight = (merged.pop(name) for name in names)
-            if (len(up), *down.shape[1:]) != weight.shape:  # before a product that may not fit into the memory
+            if (len(up), *down.shape[1:]) != weight.shape:  # before a product that may not fit into memory
                 raise ValueError(f"{tuple(up.shape)} and {tuple(down.shape)} for {tuple(weight.shape)}")
             merged[f"{layer}.weight"] = weight + scale * (up @ down)
         except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:

@@ -29,7 +29,7 @@ RULES = "mod2, mod3, ... (every second, third, ... layer), ge6mod3, le7mod3, las
 
 
 def expert_layers(rule: str | Sequence[int], num_layers: int) -> list[int]:
-    """Return the layers that have experts, counted from 0. Raises UserError for a rule that selects none.
+    """Return the layers that have experts, counted from 0. Raises UserError if the rule does not select any.
 
     rule: "modK" (every K-th layer), "lastK" (the last K layers), "all", a list of layers, or one of the authors' rules:
         of twelve layers, "ge6mod3" selects 5, 8 and 11, and "le7mod3" selects 0, 3 and 6.
@@ -53,7 +53,7 @@ def expert_layers(rule: str | Sequence[int], num_layers: int) -> list[int]:
         if wrong := [i for i in layers if not 0 <= i < num_layers]:
             raise UserError(f"layers: got {wrong}, but the backbone has layers 0 to {num_layers - 1}")
     if not layers:
-        raise UserError(f"layers: {rule!r} selects no layer of a backbone with {num_layers} layers")
+        raise UserError(f"layers: {rule!r} does not select any of the backbone's {num_layers} layers")
     return layers
 
 
@@ -87,7 +87,7 @@ class MoEEncoder(Encoder):
         self._add_parameters()
 
     def _add_parameters(self) -> None:
-        """Add the further parameters of a variant with the same arguments."""
+        """Add the additional parameters of a subclass with the same arguments."""
 
     @property
     def num_shared_layers(self) -> int:
@@ -127,7 +127,7 @@ class MoEEncoder(Encoder):
 
 
 def check_expert_names(experts: Sequence[str]) -> None:
-    """Raise UserError for a name that torch does not accept for a submodule."""
+    """Raise UserError if torch would not accept a name for a submodule."""
     for name in experts:
         if not (re.fullmatch(r"[A-Za-z]\w*", name) and can_name_module(name)):
             raise UserError(
@@ -141,7 +141,8 @@ def add_experts(
 ) -> list[int]:
     """Replace sub-layers by experts, which start as copies of them, and return the layers that now have experts.
 
-    layers: rule or list of these layers, as in expert_layers. attention, ffn: sub-layers to replace, at least one.
+    layers: rule or list of the layers, as in expert_layers.
+    attention, ffn: sub-layers to replace, at least one.
     """
     if not (attention or ffn):
         raise UserError("attention, ffn: both are false, so no layer has experts; set one of them to true")

@@ -33,12 +33,12 @@ BLOCK = 8192  # number of texts that are sorted by length and copied together; a
 class PassShape:
     """Limits of a forward pass, and its exact shape if vectors must not depend on the other texts.
 
-    Kernels for matrix products, and the last bits of their results, depend on the number of rows. So on a GPU, a
-    batch-invariant pass always has the same number of tokens and of texts, and the same longest text: the rest are
-    fillers. On a CPU, threads divide the rows, and the bits depend on where a text is; so it gets a pass of its own.
+    Kernels for matrix products, and the last bits of their results, depend on the number of rows. So on a GPU, all
+    batch-invariant passes are filled up to the same numbers of tokens and texts, and the same maximum length. On a CPU,
+    threads divide the rows, so the bits depend on the position of a text. Therefore, each text gets its own pass.
 
-    token_budget, most_texts: maximum numbers of tokens and of texts.
-    filled: numbers of texts and of tokens, with fillers, and length of the longest.
+    token_budget, most_texts: maximum numbers of tokens and texts.
+    filled: numbers of texts and tokens, and maximum length, after adding fillers.
     """
 
     token_budget: int
@@ -67,7 +67,7 @@ def encode_units(
     advance: Callable[[int], None] | None,
     batch_invariant: bool = False,
 ) -> Generator[dict[str, Tensor]]:
-    """Yield task -> vectors (n, D) of each unit's texts, in float32 on the CPU. No forward pass mixes units.
+    """Yield for each unit: task -> vectors (n, D) of its texts, in float32 on the CPU. Units are encoded separately.
 
     batch_invariant: whether the bits of a vector must not depend on the other texts.
     advance: function called after each forward pass is launched, with its number of texts.
@@ -77,7 +77,7 @@ def encode_units(
         shape = PassShape.invariant(token_budget, encoder.max_length, encoder.device)
     blocks: deque[_Block] = deque()
     launched: deque[_Block] = deque()
-    most = 1 if is_asynchronous(encoder.device) else 0  # number of blocks that may be computing
+    most = 1 if is_asynchronous(encoder.device) else 0  # number of blocks that the device may still be computing
     with closing(tokenise_ahead(_jobs(encoder, units, tasks, blocks))) as tables:
         for table in tables:
             launched.append(blocks.popleft())
@@ -137,7 +137,7 @@ def _compute(
     shape: PassShape,
     advance: Callable[[int], None] | None,
 ) -> tuple[np.ndarray, dict[str, Tensor]]:
-    """Return task -> vectors of texts on the device, shortest text first, and the row of each text in the table."""
+    """Return the texts' rows in the table, shortest text first, and task -> vectors in this order, on the device."""
     chunks = list(length_sorted_chunks(table.lengths().tolist(), shape.token_budget, shape.most_texts))
     rows = np.concatenate(chunks)
     computed: dict[str, list[Tensor]] = {task: [] for task in tasks}
@@ -200,7 +200,7 @@ def is_asynchronous(device: torch.device) -> bool:
 def copied_to(device: torch.device, table: TokenTable, counts: Sequence[int], has_keys: bool) -> Iterator[Tokens]:
     """Copy the ids of consecutive texts to the device at once, and yield them in batches of `counts` texts.
 
-    has_keys: whether to compute the keys of the texts, which are 0 otherwise.
+    has_keys: whether to compute the keys of the texts; otherwise, they are 0.
     """
     ends = np.cumsum(counts)
     all_lengths = table.lengths()
@@ -213,7 +213,7 @@ def copied_to(device: torch.device, table: TokenTable, counts: Sequence[int], ha
     first, text, token = 0, 0, len(moved) - len(table.ids)
     for batch, count in zip(lengths, counts, strict=True):
         size = int(batch.sum())
-        # Copies, because kernels assume the alignment of a tensor of its own.
+        # Copies, because kernels assume the alignment of a newly allocated tensor.
         ids, starts = moved[token : token + size].long(), moved[first : first + count + 1].clone()
         yield Tokens(ids, starts, tuple(batch.tolist()), keys[text : text + count])
         first, text, token = first + count + 1, text + count, token + size

@@ -12,8 +12,9 @@ def pooled(pooling: str, hidden: Tensor, offsets: Tensor, positions: Tensor, ski
     """Return a vector for each text, (B, D). pooling: one of POOLINGS except "cls".
 
     hidden: states of the last layer, (T, D).
-    offsets: where each text starts, and T, (B + 1,). positions: position of each token in its text, (T,).
-    skipped: number of positions at the start of a text that are left out.
+    offsets: start of each text, and T, (B + 1,).
+    positions: position of each token in its text, (T,).
+    skipped: number of positions at the start of a text to leave out.
     """
     if pooling == "lasttoken":
         return hidden[offsets[1:] - 1]

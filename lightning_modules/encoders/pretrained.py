@@ -1,6 +1,6 @@
 """Encoders as transformers models: folders with config.json, model.safetensors and the files of the tokenizer.
 
-checksum.json has the CRC-32 of the weights, so that a damaged copy is not loaded.
+checksum.json contains the CRC-32 of the weights, so that damaged copies are not loaded.
 
     encoder.save_pretrained(folder)     MoEEncoder.from_pretrained(folder)     AutoModel.from_pretrained(folder).encoder
 
@@ -41,7 +41,8 @@ CONFIG = "config.json"
 class SciMultConfig(PreTrainedConfig):
     """Description of an encoder, as in loading.describe_architecture.
 
-    kind: dotted path of its class. similarity: the one that it was trained with, None if unknown.
+    kind: dotted path of its class.
+    similarity: similarity that it was trained with, None if unknown.
     """
 
     model_type = "scimult"
@@ -72,7 +73,7 @@ class SciMultModel(PreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Return the vectors (B, D) of texts (B, S) for a task, as pooler_output.
 
-        token_type_ids: accepted because tokenizers return them, and ignored. All types are 0, as in training.
+        token_type_ids: ignored. They are accepted because tokenizers return them, but all types are 0, as in training.
         """
         tokens = Tokens.from_padded(input_ids, attention_mask)
         return BaseModelOutputWithPooling(pooler_output=self.encoder(tokens, task))
@@ -85,7 +86,7 @@ class SciMultModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *arguments, config: SciMultConfig | None = None, **options) -> Self:
-        """Load the model from a folder or the hub. Of the options of transformers, only revision has an effect."""
+        """Load the model from a folder or the hub. The only option of transformers that has an effect is revision."""
         encoder = load_pretrained(name, revision=options.get("revision"))
         return cls(config or SciMultConfig(**describe_architecture(encoder)), encoder).eval()
 
@@ -95,7 +96,7 @@ AutoModel.register(SciMultConfig, SciMultModel, exist_ok=True)
 
 
 def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
-    """Write an encoder with its tokenizer and the checksum of its weights to a folder, which is created if needed."""
+    """Write an encoder, its tokenizer and the checksum of its weights to a folder, which is created if needed."""
     quiet_transformers()
     encoder, folder = without_lora(encoder), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,7 +105,7 @@ def save_encoder(encoder: Encoder, folder: str | Path) -> Path:
 
 
 def is_pretrained(name: str | Path, key: str) -> bool:
-    """Return whether a folder or hub name contains one of our encoders. Raises UserError if it contains no model.
+    """Return whether a folder or hub name contains one of our encoders. Raises UserError if there is no model.
 
     key: argument that the name comes from, for error messages.
     """
@@ -115,7 +116,7 @@ def is_pretrained(name: str | Path, key: str) -> bool:
 def load_pretrained(name: str | Path, revision: str | None = None, packages: Sequence[str] = ()) -> Encoder:
     """Load an encoder in eval mode, from a folder written by save_encoder or from the hub.
 
-    packages: other packages whose encoders may be loaded, as in load_encoder.
+    packages: additional packages whose encoders may be loaded, as in load_encoder.
     """
     with reading(str(name), "model"):
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), revision=revision))

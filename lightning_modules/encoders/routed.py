@@ -1,4 +1,4 @@
-"""Learned routing: a gate chooses the expert of each text, or of each token, whatever its task.
+"""Learned routing: a gate chooses the expert of each text or token, regardless of its task.
 
     training    Each text is sent to one expert, sampled by a hard Gumbel softmax. All experts are computed, so that the
                 straight-through estimate gives the gate a gradient (Jang et al., 2017).
@@ -97,7 +97,7 @@ class RoutedEncoder(Encoder):
                 gate = self.gates[str(index) if self.gate_per_layer else "all"]
                 inputs = hidden if self.level == "token" else states[context.tokens.offsets[:-1]]
                 logits = gate(inputs).float()  # (L, E) or (B, E)
-                gates = torch.distributions.Categorical(logits=logits, validate_args=False)  # not reading the logits
+                gates = torch.distributions.Categorical(logits=logits, validate_args=False)  # no wait for the logits
                 entropies.append(gates.entropy().mean())
                 condition = self._route(self._choose(logits), len(hidden), context)
             states = self._compute_layer(index, hidden, states, context, condition)

@@ -1,6 +1,6 @@
 """Read and write checkpoints in the layout of SciMult's authors (github.com/yuzhimanhua/SciMult).
 
-    model_dict       each tensor twice, under question_model. and ctx_model. (one shared tower)
+    model_dict       each tensor twice, under question_model. and ctx_model., because the towers are shared
     encoder_params   settings, flat or under "encoder"
 
 Experts have numbers. The keys show which layers have experts:
@@ -8,8 +8,8 @@ Experts have numbers. The keys show which layers have experts:
     ...layer.<l>.attention.self.moe_{query,key,value}.<e>.*    ...layer.<l>.attention.output.moe_dense.<e>.*
     ...layer.<l>.moe_layer.{interm,output}_layers.<e>.*        ...expert_gate[.<l>].fwd_func.*
 
-Checkpoints of DPR (Karpukhin et al., 2020) have the same layout without the level "encoder.". Their two towers usually
-differ, so one of them must be chosen.
+Checkpoints of DPR (Karpukhin et al., 2020) have the same layout, without the level "encoder.". Their two towers usually
+differ, so the user must choose one.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ class _Experts:
     """The experts of a checkpoint.
 
     attention, ffn: layers with experts in this sub-layer.
-    gates: layers with a gate. None stands for a gate that all layers share.
+    gates: layers with a gate; None is a gate that all layers share.
     """
 
     number: int
@@ -164,7 +164,7 @@ def _one_tower(model: Mapping[str, Tensor], source: str, tower: str | None) -> d
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are equal. They are not read if they share memory."""
+    """Return whether two tensors are equal. If they share memory, they are not read."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
     shared = a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape
@@ -202,7 +202,7 @@ def _check_settings(settings: Mapping[str, Any], experts: _Experts, num_layers: 
 
 
 def to_reference(encoder: Encoder) -> dict[str, Any]:
-    """Return a checkpoint that the authors' code can load. Raises UserError for an encoder that their code lacks."""
+    """Return a checkpoint that the authors' code can load. Raises UserError if their code does not have the encoder."""
     if type(encoder) not in (SharedEncoder, MoEEncoder) or encoder.backbone.config.model_type != "bert":
         kind = f"{type(encoder).__name__} over {encoder.backbone.config.model_type}"
         raise UserError(f"the authors' format supports only SharedEncoder and MoEEncoder over bert, not {kind}")

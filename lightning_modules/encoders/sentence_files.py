@@ -5,7 +5,7 @@
     1_Pooling/config.json               pooling_mode, include_prompt
     config_sentence_transformers.json   prompts, default_prompt_name, similarity_fn_name
 
-Everything that changes vectors is either applied or refused by name, so vectors equal those of the library.
+Every setting that affects vectors is either applied or refused by name, so vectors are the same as the library's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FORMER_MODES = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 SIMILARITIES = {"cosine": "cosine", "dot": "dot", "dot_score": "dot"}
-# Keys of the transformer's file that change the vectors, with the values that leave them as they are.
+# Keys of the transformer's file that affect the vectors, with the values that do not change them.
 PLAIN_VALUES = {
     "transformer_task": (None, "feature-extraction"),
     "module_output_name": (None, "token_embeddings"),
@@ -57,7 +57,7 @@ PLAIN_VALUES = {
 class SentenceFiles:
     """The settings of a model's files. None means that the file or the key does not exist.
 
-    are_complete: whether the library wrote the folder, so that its own defaults hold, too.
+    are_complete: whether the library wrote the folder, so that its defaults apply, too.
     prompt: text at the start of every text, "" for none. pool_prompt: whether pooling includes it.
     similarity: "cosine" or "dot".
     """
@@ -75,8 +75,8 @@ class SentenceFiles:
 def read_sentence_files(name: str, pooling: str | None = None) -> SentenceFiles:
     """Read the files of a folder or hub name.
 
-    pooling: pooling to use instead of that of the files.
-    Raises UserError for a damaged file, and for a module or setting that changes the vectors and is not supported.
+    pooling: pooling to use instead of the files' pooling.
+    Raises UserError for a damaged file, and for an unsupported module or setting that affects the vectors.
     """
     modules = _read(name, "modules.json", list)
     pooling_folder, normalize = "1_Pooling", False
@@ -89,7 +89,7 @@ def read_sentence_files(name: str, pooling: str | None = None) -> SentenceFiles:
             _refuse(name, f"{TRANSFORMER_FILES[0]}: {key}={transformer[key]!r}", f"expected {values[-1]!r}")
     pooling_config = _read(name, f"{pooling_folder}/config.json")
     if pooling_config is None and modules is not None:
-        raise UserError(f"{name}: {pooling_folder}/config.json is missing, which modules.json names; restore the file")
+        raise UserError(f"{name}: {pooling_folder}/config.json is missing, but modules.json names it; restore the file")
     pooling_config = pooling_config or {}
     settings = _read(name, SETTINGS) or {}
     pooling = pooling or _pooling(name, pooling_folder, pooling_config)
@@ -110,9 +110,9 @@ def read_sentence_files(name: str, pooling: str | None = None) -> SentenceFiles:
 
 
 def lower_cased(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return a tokenizer that lower-cases its input first, as the library does for do_lower_case.
+    """Return a tokenizer that lower-cases its input first, like the library with do_lower_case.
 
-    Raises UserError if it cannot.
+    Raises UserError if the tokenizer does not support this.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("do_lower_case: only fast tokenizers are supported")
@@ -120,7 +120,7 @@ def lower_cased(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if getattr(backend.normalizer, "lowercase", False):
         return tokenizer
     backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
-    # A class such as BertTokenizer would make its own normalizer when it is loaded again.
+    # Classes such as BertTokenizer would replace the normalizer when they are loaded again.
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         model_max_length=tokenizer.model_max_length,
@@ -130,14 +130,17 @@ def lower_cased(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def check_prompt(name: str, tokenizer: PreTrainedTokenizerBase, prompt: str, used: str) -> None:
-    """Raise UserError unless a prompt gives the same tokens as the one that is used in its place."""
+    """Raise UserError unless a prompt gives the same tokens as the prompt that replaces it."""
     for text in ("a", "The", "1"):
         if tokenizer(prompt + text)["input_ids"] != tokenizer(used + text)["input_ids"]:
             _refuse(name, f"{SETTINGS}: prompt {prompt!r}", "expected one that ends in a single space")
 
 
 def _check_modules(name: str, modules: list[Any]) -> tuple[str, bool]:
-    """Return the folder of the pooling module, and whether vectors are normalised. Raises UserError for others."""
+    """Return the folder of the pooling module, and whether vectors are normalised.
+
+    Raises UserError for any other module.
+    """
     where = f"{name}: modules.json"
     kinds, folders = [], []
     for module in modules:
@@ -175,7 +178,7 @@ def _pooling(name: str, folder: str, config: Mapping[str, Any]) -> str | None:
 
 
 def _default_prompt(name: str, settings: Mapping[str, Any]) -> str:
-    """Return the prompt that the library uses by default. Logs a warning if there are only others."""
+    """Return the prompt that the library uses by default. Logs a warning if there are prompts but no default."""
     prompts = _typed(name, settings, "prompts", dict, {})
     default = _typed(name, settings, "default_prompt_name", str, None)
     if not all(isinstance(prompt, str | None) for prompt in prompts.values()):
@@ -197,7 +200,7 @@ def _similarity(name: str, settings: Mapping[str, Any]) -> str | None:
 
 
 def _read(name: str, file: str, kind: type = dict) -> Any:
-    """Return the content of a file, or None if the model has none."""
+    """Return the content of a file, or None if the model does not have it."""
     path = cached_file(name, file, _raise_exceptions_for_missing_entries=False)
     return read_json(Path(path), kind, hint="") if path else None
 
@@ -212,4 +215,4 @@ def _typed(name: str, config: Mapping[str, Any], key: str, kind: type, default: 
 
 
 def _refuse(name: str, what: str, reason: str) -> None:
-    raise UserError(f"{name}: {what} is not supported ({reason}), and without it the vectors would differ")
+    raise UserError(f"{name}: {what} is not supported ({reason}); ignoring it would change the vectors")

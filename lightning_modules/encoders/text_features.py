@@ -2,13 +2,13 @@
 
     h <- h + tanh(W f + b)        h: embedding of the first token of a text, f: its features
 
-A text without features is encoded as if there were none, bit for bit. W and b start at 0, so that new features change
-nothing either.
+Texts without features are encoded exactly as before. W and b start at 0, so that new features do not change any vector
+either.
 
-A text is recognised by its tokens, so its features follow it to wherever the encoder reads it: training, evaluation,
-mining, export. If texts are truncated to fewer tokens there, those that are longer have no features. Vectors of texts
-can be cached as always, since they depend on text and encoder alone. The table is part of the encoder's state_dict, and
-so of checkpoints and fingerprints.
+Texts are recognised by their tokens, so the encoder finds their features everywhere: in training, evaluation, mining
+and export. If texts are truncated to fewer tokens later, longer texts lose their features. Vectors can be cached as
+usual, since they depend only on text and encoder. The table is part of the encoder's state_dict, and therefore of
+checkpoints and fingerprints.
 
 Shapes: n texts with features, F features, B texts of T tokens, D hidden size.
 """
@@ -33,19 +33,21 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-POSITIONS = 1 << 16  # more than a text has tokens
-KEYS_AT_ONCE = 1 << 16  # texts
-MULTIPLIERS = (-7046029254386353131, -4658895280553007687)  # SplitMix64's (Steele et al., 2014), as signed numbers
+POSITIONS = 1 << 16  # above the maximum number of tokens of a text
+KEYS_AT_ONCE = 1 << 16  # number of texts that are hashed together
+MULTIPLIERS = (-7046029254386353131, -4658895280553007687)  # of SplitMix64 (Steele et al., 2014), as signed numbers
 
 
 class TextFeatures(nn.Module):
     """A table of features by text, and their projection to the hidden size.
 
-    size: number of features, F. hidden_size: D. bounded: whether tanh follows the projection.
+    size: number of features, F.
+    hidden_size: D.
+    bounded: whether tanh follows the projection.
     """
 
     keys: Tensor  # (n,) int64, ascending
-    num_tokens: Tensor  # (1,) int64, number of tokens at the start of a text that its key depends on
+    num_tokens: Tensor  # (1,) int64, number of leading tokens of a text that determine its key
     vectors: Tensor  # (n, F)
 
     def __init__(self, size: int, hidden_size: int, bounded: bool = True):
@@ -68,37 +70,42 @@ class TextFeatures(nn.Module):
         self.register_buffer("vectors", vectors)
 
     def fill_rows(self, encoder: Encoder, data: Any, task: Any, rows: Sequence[int], vectors: np.ndarray) -> None:
-        """Set the features of rows of a task's document table (see fill). data: the data of all tasks."""
+        """Set the features of some rows of a task's document table (see fill). data: data of all tasks."""
         max_length = min(encoder.max_length, *(each.options.max_length for each in data.tasks))
         tokens = task.tokens(Encoding(encoder.tokenizer, "", max_length))
         self.fill([tokens[row] for row in rows], vectors, max_length)
 
     def fill(self, texts: Sequence[np.ndarray], vectors: np.ndarray, max_length: int) -> None:
-        """Set the features of texts. Of texts with the same tokens, the first one counts.
+        """Set the features of texts. If several texts have the same tokens, they share the features of the first.
 
-        texts: token ids of each text, n arrays. vectors: (n, F). max_length: number of tokens that texts were truncated
-        to. Raises UserError for vectors that are not finite, or of another size.
+        texts: token ids of each text, n arrays.
+        vectors: features, (n, F).
+        max_length: maximum number of tokens, to which texts were truncated.
+        Raises UserError for vectors that are not finite or have the wrong size.
         """
         if vectors.shape != (len(texts), self.projection.in_features):
             expected = f"{len(texts)} vectors of {self.projection.in_features} numbers"
             raise UserError(f"features: expected {expected}, got an array of shape {vectors.shape}")
         if not np.isfinite(vectors).all():
             row = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
-            raise UserError(f"features: the vector of text {row} contains a number that is not finite")
+            raise UserError(f"features: the vector of text {row} contains a non-finite number")
         starts = range(0, len(texts), KEYS_AT_ONCE)
         num_tokens = max_length - 1  # the last token of a truncated text is not one of its words
         parts = [token_keys(Tokens.pack(texts[i : i + KEYS_AT_ONCE]), num_tokens).numpy() for i in starts]
         all_keys = np.concatenate([np.zeros(0, dtype=np.int64), *parts])
         keys, first, inverse = np.unique(all_keys, return_index=True, return_inverse=True)
         if lost := int((vectors[first][inverse] != vectors).any(1).sum()):
-            log.warning("features: %d of %d texts get those of another text with the same tokens", lost, len(texts))
+            log.warning("features: %d of %d texts get the features of a text with the same tokens", lost, len(texts))
         self.resize(len(keys))
         self.keys.copy_(torch.from_numpy(keys))
         self.num_tokens.fill_(num_tokens)
         self.vectors.copy_(torch.from_numpy(np.ascontiguousarray(vectors[first])))
 
     def rows(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Return the row of each text in the table, (B,), and whether the table has it, (B,). It must not be empty."""
+        """Return each text's row in the table, (B,), and whether it is in the table, (B,). The table must not be empty.
+
+        If a text is not in the table, its row is arbitrary.
+        """
         keys = token_keys(tokens, self.num_tokens)
         rows = torch.searchsorted(self.keys, keys).clamp(max=len(self) - 1)
         return rows, self.keys[rows] == keys
@@ -114,7 +121,7 @@ class TextFeatures(nn.Module):
 
 
 def token_keys(tokens: Tokens, num_tokens: int | Tensor) -> Tensor:
-    """Return a hash of the first `num_tokens` tokens of each text, (B,) int64, the same on every device.
+    """Return a hash of the first `num_tokens` tokens of each text, (B,) int64. It is the same on every device.
 
     The host does not wait for the device.
     """

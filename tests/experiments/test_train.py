@@ -527,7 +527,7 @@ def test_starting_from_another_architecture_is_refused(finished, tmp_path):
     [
         (["data.max_length=128"], "max_length: got 128 tokens, but the backbone has positions for 64"),
         (["init_from=/no/where"], "init_from: '/no/where' is not an existing file or folder"),
-        (["encoder.layers=mod9"], "selects no layer"),
+        (["encoder.layers=mod9"], "does not select any"),
         (["task.search.data.searches.num_papers=5"], "num_papers: expected at least 500, got 5"),
         (["backbone.config.hidden_size=33"], "backbone.config"),
         (["task.search.data.topics=${task.classification.data.topics}"], "has a collection called topics too"),

@@ -149,7 +149,7 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
         (["moe", "max_steps=40"], ["did you mean trainer.max_steps?"]),
         (["moe", "trainer.seed=1"], ["unknown key trainer.seed; did you mean run.seed?"]),
         (["moe", "exp=vanilla"], ["did you mean EXP?", "EXP, SCALE, EXTRAS"]),
-        (["moe", "loggers=[[[]]]"], ["loggers: expected a list of strings, but it contains [[]]"]),
+        (["moe", "loggers=[[[]]]"], ["loggers: expected a list of texts, but it contains [[]]"]),
         (["moe", "evaluation.metrics={a: 1}"], ["evaluation.metrics={a: 1}", "expected a list, got a mapping, or the"]),
         (["moe", "objective.task_weights=[1]"], ["task_weights=[1]", "expected a list, got a mapping, or the other"]),
         (["moe", "tasks=search,x"], ["(tasks=search,x): tasks: expected a list, write tasks=[search,x]"]),

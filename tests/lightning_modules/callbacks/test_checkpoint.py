@@ -180,6 +180,7 @@ def test_checkpoint_of_another_shape_is_named(trained, make_encoder, tmp_path):
     trained()
     for other in (make_encoder("attention"), make_encoder("shared", config={"intermediate_size": 32})):
         with pytest.raises(
-            CheckpointMismatch, match=r"does not fit the encoder: (\d+ missing|\d+ of another shape) \(encoder.backbone"
+            CheckpointMismatch,
+            match=r"does not fit the encoder: (\d+ missing|\d+ with the wrong shape) \(encoder.backbone",
         ):
             trained(encoder=other, resume=tmp_path / "last.ckpt")

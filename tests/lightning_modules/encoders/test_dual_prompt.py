@@ -182,7 +182,7 @@ def test_transplant_measures_the_transfer_of_prompts(make, make_data, tmp_path):
     [
         ({"num_anchors": -1}, "num_anchors: expected a number of at least 0, got -1"),
         ({"steps": 0}, "steps: expected a number of at least 1, got 0"),
-        ({"separate": True, "prompt": False}, "separate: trains an encoder of instructions"),
+        ({"separate": True, "prompt": False}, "separate: cannot be combined with prompt=false"),
         ({"link_task": "search"}, "link_task: .* expected one of link_prediction, got 'search'"),
         ({"graph": "missing.tsv"}, "graph: missing.tsv: cannot be opened"),
         (

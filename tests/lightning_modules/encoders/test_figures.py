@@ -100,7 +100,7 @@ VECTORS = np.zeros((len(NAMES), 3), np.float32)
         ({"vectors": VECTORS.astype(int)}, "vectors .* of int64"),
         ({"ids": NAMES[:-2]}, "2 of 10 figures of task figure have no vector, first 'd8'; add their vectors"),
         ({"ids": [*NAMES[:-1], "d0"]}, "expected a vector per figure, got 10 vectors of 9 figures"),
-        ({"vectors": VECTORS + np.inf}, "the vector of 'd0' contains a number that is not finite"),
+        ({"vectors": VECTORS + np.inf}, "the vector of 'd0' contains a non-finite number"),
         ({"ids": np.array(NAMES, dtype=object)}, "expected a .npz file with the arrays ids and vectors"),
     ],
 )
@@ -162,7 +162,7 @@ def test_wrong_arguments_raise_user_error(make, figures):
         make(-1)
     with pytest.raises(UserError, match="image_size: expected the size of the image vectors in .*images.npz, got 0"):
         make(0)
-    with pytest.raises(UserError, match="vectors: required with image_size"):
+    with pytest.raises(UserError, match="vectors: image_size needs a .npz file"):
         make(vectors="").prepare(figures)
     with pytest.raises(UserError, match="figure_task: expected the task that ranks figures, got 'x'; tasks: figure"):
         make(figure_task="x").prepare(figures)

@@ -176,7 +176,9 @@ def test_targets(make):
 
 
 def test_impossible_encoders_are_refused(make, make_backbone, monkeypatch):
-    with pytest.raises(UserError, match=r"lora\.rank: AdapterEncoder trains no linear layer of its backbone; set it"):
+    with pytest.raises(
+        UserError, match=r"lora\.rank: AdapterEncoder does not train any linear layer of its backbone; set it"
+    ):
         add_lora(AdapterEncoder(*make_backbone(), TASKS, max_length=32), OPTIONS)
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"lora: the package peft is not installed \(pip install peft\)"):

@@ -205,7 +205,7 @@ def test_exported_folders_with_other_weights_or_descriptions_raise_user_error(ma
     with pytest.raises(UserError, match="1 unexpected .more"):
         load_encoder(folder)
     save_file(weights | {key: torch.ones(2, 2)}, folder / "model.safetensors")
-    with pytest.raises(UserError, match=r"of another shape .*expected \(32, 32\), got \(2, 2\)"):
+    with pytest.raises(UserError, match=r"with the wrong shape .*expected \(32, 32\), got \(2, 2\)"):
         load_encoder(folder)
     save_file(weights, folder / "model.safetensors")
     for old, new, message in (
@@ -230,7 +230,7 @@ def test_plain_folder_with_other_weights_raises_user_error(bert, tmp_path):
     for changed, message in (
         ({k: v for k, v in weights.items() if k != key}, f"1 missing .{key}"),
         ({f"bogus.{k}": v for k, v in weights.items()}, "missing"),
-        (weights | {key: torch.ones(2, 2)}, "of another shape|size mismatch|cannot be loaded"),
+        (weights | {key: torch.ones(2, 2)}, "with the wrong shape|size mismatch|cannot be loaded"),
     ):
         save_file(changed, bert / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(UserError, match=message):

@@ -188,5 +188,5 @@ def test_missing_or_unsuitable_backbone_raises_user_error(bert, tmp_path):
     shutil.copytree(bert, wider)
     config = json.loads((wider / "config.json").read_text())
     (wider / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
-    with pytest.raises(UserError, match="of another shape"):
+    with pytest.raises(UserError, match="with the wrong shape"):
         load_encoder(GOLDEN / "dense.ckpt", backbone=wider)

@@ -263,7 +263,7 @@ def test_pooling_without_its_file_is_refused(plain):
     modules = [("Transformer", ""), ("Pooling", "1_Pooling")]
     modules = [{"type": f"sentence_transformers.models.{kind}", "path": path} for kind, path in modules]
     (plain / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match="1_Pooling/config.json is missing, which modules.json names"):
+    with pytest.raises(UserError, match="1_Pooling/config.json is missing, but modules.json names it"):
         load_encoder(plain)
 
 

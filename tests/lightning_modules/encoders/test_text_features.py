@@ -80,7 +80,7 @@ def test_texts_that_begin_equally_have_their_own_features(caplog):
     assert features.vectors[rows[:3], 0].tolist() == [1, 2, 3]
     assert not caplog.messages
     features.fill([texts[0], texts[1], texts[0], texts[1]], np.array([[1.0], [2.0], [3.0], [2.0]]), 256)
-    assert caplog.messages == ["features: 1 of 4 texts get those of another text with the same tokens"]
+    assert caplog.messages == ["features: 1 of 4 texts get the features of a text with the same tokens"]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_texts_that_begin_equally_have_their_own_features(caplog):
     [
         (np.ones((2, 4)), r"expected 2 vectors of 3 numbers, got an array of shape \(2, 4\)"),
         (np.ones((3, 3)), "expected 2 vectors of 3 numbers"),
-        (np.array([[0, 0, 0], [0, np.nan, 0]]), "the vector of text 1 contains a number that is not finite"),
+        (np.array([[0, 0, 0], [0, np.nan, 0]]), "the vector of text 1 contains a non-finite number"),
     ],
 )
 def test_wrong_vectors_raise_user_error(vectors, message):
