@@ -179,7 +179,7 @@ def _compare_on(
 
 
 def _show(content: Mapping[str, Any], format: Format, always_examples: bool) -> None:
-    """Print a compare.json. always_examples: show queries even if the difference is not marked."""
+    """Print the content of a compare.json. always_examples: show queries even if the difference is not marked."""
     level, compared = content["level"], content["benchmarks"]
     sides = {side: ", ".join(content[side]) for side in ("A", "B")}
     note = say if format == "table" else log.info
@@ -201,7 +201,7 @@ def _show(content: Mapping[str, Any], format: Format, always_examples: bool) -> 
 
 
 def _show_gains(content: Mapping[str, Any], format: Format) -> None:
-    """Print a compare.json of a joint model and single-task models."""
+    """Print the content of a compare.json for a joint model and single-task models."""
     note = say if format == "table" else log.info
     note(f"A = {', '.join(content['A'])}")
     for task, systems in content["single"].items():

@@ -131,7 +131,7 @@ def check_parameters(controller: Controller) -> None:
 
 
 def check_data(controller: Controller) -> None:
-    """Raise UserError if a trial has ended whose data have changed since: its result is not that of this command."""
+    """Raise UserError if the data of a finished trial have changed, because its result would be different now."""
     ended = [trial for trial in controller.ended() if (trial.folder / "manifest.json").is_file()]
     if not ended:
         return

@@ -152,7 +152,7 @@ def _verify(path: Path) -> None:
 
 
 def newest_intact(path: Path) -> Path | None:
-    """Return the newest intact checkpoint, or None if there are no checkpoints. Rename damaged ones that are newer.
+    """Return the newest intact checkpoint, or None if there are no checkpoints. Rename any newer, damaged ones.
 
     Raises UserError if all checkpoints are damaged.
     """

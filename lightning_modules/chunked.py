@@ -59,7 +59,7 @@ def embed_cached(encoder: Encoder, batch: Batch) -> Embedded:
 def num_forwards(encoder: Encoder, batch: Batch) -> int:
     """Return the number of forward passes for a batch: one per chunk.
 
-    With a sharded encoder, ranks compute layers together, so each makes as many passes as the one with the most chunks.
+    With a sharded encoder, ranks compute layers together, so all make as many passes as the rank with the most chunks.
     """
     chunks = len(batch.chunks)
     return largest(chunks) if encoder.sharded else chunks
@@ -82,7 +82,7 @@ def embed_chunk(encoder: Encoder, batch: Batch, index: int) -> Embedded:
 def _seed(device: torch.device, seed: int) -> None:
     """Seed the generators of the CPU and of the device.
 
-    torch.manual_seed also seeds those of absent devices, which takes 0.5 ms.
+    torch.manual_seed also seeds generators of absent devices, which takes 0.5 ms.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
@@ -125,7 +125,7 @@ class _GradCache(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, vector_gradients: Tensor, penalty_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of each parameter, or None if it has none, like the experts of other tasks."""
+        """Return the gradient of each parameter, or None for parameters without one, such as experts of other tasks."""
         trained = _trained_parameters(ctx.encoder)
         totals: list[Tensor | None] = [None] * len(trained)
         for outputs, output_gradients in _chunks_with_graph(ctx, vector_gradients, penalty_gradient):
@@ -192,7 +192,7 @@ def sum_over_blocks(
 ) -> LossTerms:
     """Compute a loss for block_size queries at a time, and return its sums over all queries.
 
-    The gradients with respect to queries (R, D), candidates (C, D) and temperature are those of the whole matrix.
+    The gradients for queries (R, D), candidates (C, D) and temperature are the same as with the whole matrix.
     """
     if len(queries) <= block_size:
         return block_loss(queries, candidates, temperature, slice(0, len(queries)))

@@ -36,7 +36,7 @@ from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_par
 log = logging.getLogger(__name__)
 
 START_TEACHER = "start"  # the vector teacher that is the encoder before training
-VECTORS = "teacher-vectors"  # folder in that of converted collections
+VECTORS = "teacher-vectors"  # folder inside the cache of converted collections
 
 
 class CheckpointMismatch(UserError):
@@ -54,7 +54,7 @@ class ContrastiveModule(L.LightningModule):
     grad_cache: whether to keep the graph of only one chunk of texts in memory at a time (see chunked.py).
     losses: losses that are added to InfoNCE, by name. Those with weight 0 are left out.
     optim: options of the optimizer.
-    total_steps: optimizer steps of the learning-rate schedule, by default those of the trainer.
+    total_steps: optimizer steps of the learning-rate schedule; by default, as many as the trainer makes.
     objective: fields of ObjectiveOptions.
     """
 
@@ -97,7 +97,7 @@ class ContrastiveModule(L.LightningModule):
         self.num_companions: dict[str, list[int]] = {}  # task -> number of companions of each loss
         self._mark = object()  # identifies the data that the losses have prepared
         self.uncertainty = UncertaintyWeights(tasks) if options.balance == "uncertainty" else None
-        self.document_vectors: VectorCache | None = None  # source of document vectors, if the encoder has none
+        self.document_vectors: VectorCache | None = None  # document vectors, if the encoder has none
 
     def setup(self, stage: str) -> None:
         """Give the data module the encoder's tokenizer and prompts, unless it has a tokenizer already.
@@ -114,7 +114,7 @@ class ContrastiveModule(L.LightningModule):
         self.prepare_losses(data)
 
     def prepare_losses(self, data: ContrastiveDataModule) -> None:
-        """Give the losses what they need of the data, and the data the texts that they need in each batch.
+        """Prepare the losses with the data, and make the data add the texts that the losses need to each batch.
 
         Training calls this itself. With an average of the weights, call it before the trainer is started, because
         Lightning copies the module for the average before it calls setup.

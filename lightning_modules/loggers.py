@@ -160,7 +160,7 @@ class LightningLogger(RunLogger):
             self._logger.save()
         except Exception as error:  # a full disk, for instance
             self._has_failed = True
-            log.warning("%s cannot be written (%s): from now on, metrics do not go there", self._name, error)
+            log.warning("%s: cannot be written (%s); from now on, metrics are not logged there", self._name, error)
 
     @rank_zero_only
     def close(self) -> None:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def loss_scaler(trainer: L.Trainer | None) -> torch.amp.GradScaler | None:
-    """Return the loss scaler of fp16 training; None in another precision, or without a trainer."""
+    """Return the loss scaler of fp16 training; None in any other precision, or without a trainer."""
     return None if trainer is None else getattr(trainer.precision_plugin, "scaler", None)
 
 
@@ -61,7 +61,7 @@ class LossRecorder(L.Callback):
         self.losses[self.tasks.index(self.task)] += loss.detach()
 
     def take_losses(self) -> Tensor:
-        """Return the sums of this step as means over ranks, (T,), and set them to 0."""
+        """Return the sums of this step, averaged over ranks, (T,), and reset them to 0."""
         losses = self.losses.clone()
         self.losses.zero_()
         return mean_over_ranks(losses)

@@ -146,7 +146,7 @@ def membership_mask(keys: Tensor, document_keys: Tensor) -> Tensor:
     """
     ordered, num_documents = document_keys.sort().values, len(document_keys)
     position = torch.searchsorted(ordered, keys).clamp(max=num_documents - 1)  # (B, K) first of equal keys
-    position = torch.where(ordered[position] == keys, position, num_documents)  # a further column, for no document
+    position = torch.where(ordered[position] == keys, position, num_documents)  # one more column, for "no document"
     mask = torch.zeros(len(keys), num_documents + 1, dtype=torch.bool, device=keys.device)
     mask.scatter_(1, position, True)
     return mask.gather(1, torch.searchsorted(ordered, document_keys).expand(len(keys), -1))
@@ -161,7 +161,7 @@ def duplicate_mask(ids: Tensor) -> Tensor:
 
 
 def other_copies(ids: Tensor, offset: int) -> Tensor:
-    """Return whether a document of all ranks repeats another, (M,) bool. Of several copies, this rank's counts.
+    """Return whether a document of all ranks repeats another one, (M,) bool. If there are copies, this rank's is kept.
 
     ids: (M,). offset: index of this rank's first document.
     """

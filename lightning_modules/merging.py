@@ -28,7 +28,7 @@ from lightning_modules.retrieval.vector_cache import backbone_settings, tokeniza
 Method = Literal["linear", "slerp"]
 NEARLY_PARALLEL = 1e-3  # radians; below, slerp and linear differ by less than float32 resolves
 TRAINING_ONLY = ("current_model_state", "averaging_state")  # entries that trainer.ema adds to a checkpoint
-USE_ONLY = ("tasks", "normalize", "max_length")  # arguments of an encoder that say nothing about its weights
+USE_ONLY = ("tasks", "normalize", "max_length")  # arguments of an encoder that do not affect its weights
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _slerp(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 
 
 def check_members(members: Mapping[str, Encoder]) -> None:
-    """Raise UserError, with what differs, if encoders cannot be merged."""
+    """Raise UserError if encoders cannot be merged. The message says how they differ."""
     if len(members) < 2:
         raise UserError(f"expected at least two models to merge, got {len(members)}")
     (first_name, first), *others = members.items()
@@ -122,7 +122,7 @@ def check_members(members: Mapping[str, Encoder]) -> None:
 
 
 def _difference(first: Encoder, other: Encoder) -> str:
-    """Return how two encoders differ in what a merge needs to be equal, or ""."""
+    """Return a difference that makes two encoders impossible to merge, or "" if there is none."""
     kind, first_kind = type(other).__name__, type(first).__name__
     if type(first) is not type(other) and not isinstance(other, SharedEncoder):
         advice = f"; name the {kind} first, because it has experts" if isinstance(first, SharedEncoder) else ""
@@ -172,7 +172,7 @@ def greedy_soup(num_members: int, score: Callable[[Weights], float]) -> Weights:
     """Return the weights of a greedy soup (arXiv 2203.05482, recipe 1).
 
     Start with the best member. Add the others in the order of their own scores, each with the same weight as those
-    before it, and keep those with which the score does not fall.
+    before it, and keep each one unless the score falls.
     """
 
     def soup(members: Sequence[int]) -> Weights:
@@ -188,16 +188,16 @@ def greedy_soup(num_members: int, score: Callable[[Weights], float]) -> Weights:
 
 
 def sweep(values: Sequence[float], score: Callable[[Weights], float], parts: Sequence[str] = ()) -> Weights:
-    """Return the best weights of two members, of which the first has one of `values`, and the other the rest to 1.
+    """Return the best weights of two members. The first gets each of `values`, and the second the remainder to 1.
 
-    parts: parts whose weights are chosen next, one part after the other, with the best weights so far for the rest. A
-        part keeps its weights unless others score higher.
+    parts: parts whose weights are then chosen one by one, with the best weights so far for all other parts. A part
+        keeps its weights unless different ones score higher.
     """
     pairs = [(value, 1 - value) for value in values]
     best = max((Weights(pair) for pair in pairs), key=score)
     for part in parts:
         others = [Weights(best.members, {**best.parts, part: pair}) for pair in pairs if pair != best.members]
-        best = max((best, *others), key=score)  # the first of equal ones
+        best = max((best, *others), key=score)  # ties go to the first
     return best
 
 

@@ -62,8 +62,8 @@ class Supervision(NamedTuple):
 class Objective(nn.Module):
     """The loss of a batch, as a function of its vectors.
 
-    The only parameters are those of a learned temperature, and a projection (G, D) to the vectors of a vector teacher
-    of another size.
+    Its only parameters are a learned temperature, and a projection (G, D) for a vector teacher whose vectors have a
+    different size.
 
     tasks: names of the tasks in training.
     dimension: size of the vectors, D.
@@ -198,9 +198,9 @@ def query_to_document(
     guide: FrozenVectors | None = None,
     teacher: FrozenVectors | None = None,
 ) -> Direction:
-    """Return the direction from queries (B, D) to the documents of all ranks; those of this rank are (m, D).
+    """Return the direction from queries (B, D) to the documents of all ranks. documents: this rank's, (m, D).
 
-    If several ranks drew the same document, only one copy counts: that of this rank, or else the first.
+    If several ranks drew the same document, only one copy counts: this rank's copy, or else the first one.
     """
     documents, ids, offset = gather_documents(documents, batch.document_ids)  # (M, D), (M,)
     positives = _shift_columns(batch.positives, offset)
@@ -260,20 +260,20 @@ def document_to_query(
         queries,
         positives,
         hard_negatives=positives[:, :0],
-        divisors=len(batch.queries) * positives_of_query,  # every query counts once, whatever its number of positives
+        divisors=len(batch.queries) * positives_of_query,  # every query counts once, for any number of positives
         masks=masks,
     )
 
 
 def text_keys_of_queries(batch: ContrastiveBatch) -> Tensor:
-    """Return the hashes of each query's text and those of its positives, (B, P + 1)."""
+    """Return the hashes of the texts of each query and its positives, (B, P + 1)."""
     assert batch.text_keys is not None
     positive_keys = batch.text_keys[batch.documents][fill_padding(batch.positives)]
     return torch.cat([positive_keys, batch.text_keys[batch.queries][:, None]], dim=1)
 
 
 def _shift_columns(columns: Tensor, offset: int) -> Tensor:
-    """Shift columns of this rank's documents to their positions among those of all ranks. Padding stays -1."""
+    """Shift columns of this rank's documents to their positions among all ranks' documents. Padding stays -1."""
     return torch.where(columns < 0, columns, columns + offset)
 
 
@@ -344,7 +344,7 @@ def _distillation(direction: Direction, options: TeacherOptions, scores: Tensor,
 
 
 def _projection(dimension: int, teacher_dimension: int, asymmetric: bool) -> nn.Parameter:
-    """Return a projection (G, D) that starts orthogonal. It draws from a generator of its own."""
+    """Return a projection (G, D) that starts orthogonal. It uses a separate random generator."""
     if asymmetric:
         raise UserError(
             f"vector_teacher.asymmetric: the teacher's vectors have {teacher_dimension} dimensions, and the encoder's "

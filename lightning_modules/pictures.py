@@ -31,7 +31,7 @@ def text(x: float, y: float, content: str, weight: str = "normal", anchor: str =
 
 
 def box(x: float, y: float, width: float, height: float, fill: str, attributes: str = "") -> str:
-    """Return a rectangle. attributes: further attributes, with a leading space."""
+    """Return a rectangle. attributes: additional attributes, with a leading space."""
     return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{fill}"{attributes}/>'
 
 

@@ -46,7 +46,7 @@ ROUNDS, MAX_SECONDS = 7, 0.4  # timings of the ceiling, and seconds after which 
 
 
 class LayerFlops(NamedTuple):
-    """Useful operations of one layer in a forward pass."""
+    """Useful operations (FLOPs) of one layer in a forward pass: matrix products, and attention."""
 
     products: float
     attention: float
@@ -206,7 +206,7 @@ class Group(NamedTuple):
 
 
 def text_lengths(batch: ContrastiveBatch) -> list[tuple[Group, np.ndarray]]:
-    """Return the number of tokens of each text of a batch (U,), and of those of each companion, with their group."""
+    """Return (group, token counts of its texts) for a batch, (U,), and for each of its companions, (n,)."""
     return [
         (Group(texts.task, not getattr(texts, "detached", False)), np.concatenate([c.lengths for c in texts.chunks]))
         for texts in _all_texts(batch)

@@ -102,10 +102,10 @@ KNOWN_SUFFIXES = {suffix for format in FORMATS.values() for suffix in format.suf
 
 
 def files_of(source: Path) -> list[Path]:
-    """Return a file, or all files below a folder that may have papers. Raises UserError if none may.
+    """Return a file, or all files below a folder that may contain papers. Raises UserError if there are none.
 
-    Files without a suffix count if they are compressed: those of OpenAlex's snapshot are called part_000.gz.
-    Of the output of an import, only papers.jsonl counts, and nothing if it is inside the folder.
+    Files without a suffix are included if they are compressed, because OpenAlex's snapshot has names like part_000.gz.
+    If the folder is the output of an import, only papers.jsonl is returned. Outputs of imports inside it are skipped.
     """
     if os.path.isfile(source):  # unlike Path.is_file, it accepts names that are too long to exist
         return [source]

@@ -65,7 +65,7 @@ def _parse(parser, lines: list[str]) -> dict[str, Any]:
         raise UserError(f"expected TY as the first field of a record, got {short(lines[0])}")
     if not lines[-1].startswith("ER  -"):
         raise UserError("the record does not end with ER")
-    with explained("cannot be read", KeyError, TypeError, ValueError):  # for lines that continue no field
+    with explained("cannot be read", KeyError, TypeError, ValueError):  # a line that does not continue any field
         (record,) = parser.parse_lines(iter(lines))
     return record
 

@@ -190,7 +190,7 @@ class Citations(View):
 
 
 class Searches(View):
-    """Queries are titles, keywords or those of a file. The corpus is the papers; for titles, their abstracts."""
+    """Search papers by title, by keywords, or by queries from a file. For titles, the corpus is only the abstracts."""
 
     queries_sql = "SELECT id, '', text FROM queries WHERE number IN (SELECT query FROM {judged}) ORDER BY number"
 

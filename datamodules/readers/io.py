@@ -75,7 +75,7 @@ def find_split_files(folder: Path, *patterns: str, names: Mapping[str, str] = SP
 
 
 def warn_of_unread_files(folder: Path, pattern: str, read: Iterable[Path]) -> None:
-    """Log a warning that names the files of a folder that look like those of splits, but are not read.
+    """Log a warning about files in a folder that look like splits but are not read.
 
     pattern: glob of the files. read: files that are read.
     """

@@ -1,4 +1,4 @@
-"""Papers of a library or a dump, as the collection of one kind of task: see datamodules/papers."""
+"""Turn the papers of a library or dump into a collection for one kind of task (see datamodules/papers)."""
 
 from __future__ import annotations
 

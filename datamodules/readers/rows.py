@@ -216,7 +216,7 @@ class Record(dict[str, Any]):
 
         id_keys: keys that may hold the id.
         title, body: keys of the title and of the text (see text_key). One of the two may be blank.
-        id: id of a record that has none.
+        id: id for a record without an id.
         may_be_blank: whether both may be blank, for documents to search in. A record that has neither key is an
             error.
         """

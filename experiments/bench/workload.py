@@ -129,9 +129,9 @@ class Workload:
         return training_step(encoder, batches, self.computing, grad_cache)
 
     def median_seconds(self, run: Callable[[], Any], warm_up: Callable[[], Any] | None = None, most: int = 50) -> float:
-        """Return the median time of a function, which runs again and again for `seconds`, but at most `most` times.
+        """Return the median time of a function, which is called repeatedly for `seconds`, but at most `most` times.
 
-        warm_up: what to run before, by default the function itself.
+        warm_up: function to call first; by default, the function itself.
         """
         (warm_up or run)()
         times: list[float] = []

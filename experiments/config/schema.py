@@ -275,7 +275,7 @@ class TaskConfig:
 
 @dataclass
 class ExtendConfig:
-    """New tasks for a trained encoder, and classes of other packages."""
+    """Options for adding tasks to a trained encoder, and for classes from other packages."""
 
     model: str | None = option(None, "run, checkpoint or exported encoder that gets the experiment's tasks")
     packages: list[str] = option(

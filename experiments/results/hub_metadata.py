@@ -46,8 +46,9 @@ def front_matter(
 ) -> str:
     """Return the front matter of a README.md as YAML.
 
-    source: model that was exported, or several with commas between them. task: task of a plain folder, else "".
-    measured: results of the exported model, as the system "trained".
+    source: exported model, or several models separated by commas.
+    task: task of a plain folder, else "".
+    measured: benchmark -> table in which the exported model is the system "trained".
     """
     starts = list(filter(None, [_first_start(run)] if run else _models(source)))
     base_models = [name for start in starts if (name := hub_name(start))]

@@ -44,7 +44,7 @@ def collect(study: Study) -> dict[str, Any]:
     tables = {name: table for seeds in systems.values() for s in seeds.values() for name, table in s.benchmarks.items()}
     incomplete, transplants = list(_incomplete(study)), study.settings.transplants
     _check_names("held_out", study.settings.held_out, tables)
-    if not incomplete:  # until then, the only arms that have a task may be missing
+    if not incomplete:  # until all arms are complete, an unknown name may belong to a missing one
         _check_names("transplants", [*transplants, *transplants.values()], tables)
     benchmarks = _benchmarks(study, tables, [system for seeds in systems.values() for system in seeds.values()])
     check_transplants(transplants, benchmarks)

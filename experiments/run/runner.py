@@ -55,7 +55,7 @@ class Runner(ABC, Generic[Item]):
         """Run the rest of an item. Called in a thread, which holds the lock of the item."""
 
     def run_all(self, items: Sequence[Item]) -> None:
-        """Run items in their order. Those that other processes are running are tried again until they are free.
+        """Run items in order. If another process is running an item, try it again until it is free.
 
         Raises Preempted after a signal or when the time is up. Processes that can resume have saved by then.
         """

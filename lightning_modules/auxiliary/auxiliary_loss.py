@@ -29,7 +29,7 @@ class AuxiliaryLoss(nn.Module, ABC):
     ObjectiveOptions. Experiments pass these.
 
     weight: factor of the loss. With 0, it is not computed.
-    lr: peak learning rate of the loss's own parameters; by default that of the encoder.
+    lr: peak learning rate of the loss's own parameters; by default, the same as for the encoder.
     """
 
     def __init__(self, weight: float = 1.0, lr: float | None = None):
@@ -43,15 +43,16 @@ class AuxiliaryLoss(nn.Module, ABC):
         """Check the options against the data and make tables, on every rank before training. Raises UserError."""
 
     def companions(self, data: ContrastiveDataModule, task: str) -> Sequence[CompanionSource]:
-        """Return the sources of further texts that this loss needs with each batch of a task."""
+        """Return the sources of extra texts that this loss needs with each batch of a task."""
         return ()
 
     @abstractmethod
     def forward(self, batch: ContrastiveBatch, vectors: Tensor, companions: Sequence[Tensor]) -> Tensor:
         """Return the mean of the loss over the queries of this rank, a scalar, without its weight.
 
-        For a task that the loss does not concern, return a zero with a graph, such as 0 * vectors.sum().
+        If the loss does not apply to the batch's task, return a zero with a graph, such as 0 * vectors.sum().
 
-        batch: batch, whose companions are those of this loss. vectors: vectors of the batch, (U, D). companions:
-        vectors of each companion's texts, (n, D). They are not normalised, and in at least float32.
+        batch: batch with the companions of this loss.
+        vectors: vectors of the batch, (U, D), not normalised, in at least float32.
+        companions: vectors of each companion's texts, (n, D), not normalised, in at least float32.
         """

@@ -46,10 +46,10 @@ Pair = tuple[str, str]
 
 
 class CrossTaskConsistency(AuxiliaryLoss):
-    """Agreement of a paper's labels in one task with its predictions in the others.
+    """Agreement of a paper's labels in one task with its predictions in other tasks.
 
     weight: factor of the loss.
-    lr: peak learning rate of the network; None for that of the encoder.
+    lr: peak learning rate of the network; None for the encoder's.
     pairs: pairs of tasks that must agree, each in both directions; None for all pairs.
     candidates: maximum number of documents of the other task in a prediction. They are drawn for each batch, the same
         on all ranks. A smaller corpus, such as a list of labels, is used as a whole.

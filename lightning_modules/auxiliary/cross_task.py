@@ -9,7 +9,7 @@ the teacher's probabilities:
     L = CE(sigmoid(r~ / tau), sigmoid(s / tau))                         tau softens both
 
 InfoNCE determines similarities only up to a constant, so the student's log-odds s are calibrated in the same way, with
-P and Q of their own. L has gradients with respect to the student's vectors alone.
+their own P and Q. L has gradients only with respect to the student's vectors.
 
 Shapes: T tasks in training, B queries on this rank, M documents on all ranks.
 """
@@ -62,8 +62,8 @@ class CrossTaskDistillation(AuxiliaryLoss):
     teachers: student task -> the tasks whose experts teach it. Each teacher encodes the batches of its student.
     temperature: tau, the divisor of the log-odds of teacher and student.
     margin: m, the least log-odds that a teacher may give a positive; None leaves errors uncorrected.
-    correct_negatives: whether -m is the greatest log-odds that a teacher may give another document. By default it is
-        not, because a document that is not a positive was not judged: the teacher may well be right.
+    correct_negatives: whether a teacher's log-odds for documents that are not positives are limited to -m. Off by
+        default, because these documents were not judged, so the teacher may well be right.
     slope, intercept: initial P and Q of all calibrations.
     lr: peak learning rate of P and Q.
     objective: options of the objective, whose similarity the scores are.
@@ -126,7 +126,7 @@ class CrossTaskDistillation(AuxiliaryLoss):
     def _log_odds(self, student: str, scorer: str, scores: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return the calibrated scores of a task, and the cross-entropy that trains its calibration, (B, M) each.
 
-        Gradients of the first reach the scores alone, and those of the second the calibration alone.
+        The first has gradients only for the scores, and the second only for the calibration.
         """
         index = self.tasks.index(student), self.tasks.index(scorer)
         slope, intercept = self.slopes[index], self.intercepts[index]

@@ -58,8 +58,8 @@ def matching_loss(log_p: Tensor, q: Tensor, teacher: str = "relation", stop_grad
 
     log_p: logarithms of the predicted probabilities, (B, n).
     q: transferred probabilities, (B, n).
-    teacher: the distribution that weighs the logarithms of the other one. "relation" is q, which trains the target
-        task; "prediction" is p, as in the papers, which trains the source task.
+    teacher: the distribution that weighs the logarithms of the other distribution. "relation" is q, which trains the
+        target task; "prediction" is p, as in the papers, which trains the source task.
     stop_gradient: whether the teacher is a constant. Without it, as in the papers, both tasks are trained.
     """
     coverage = q.sum(1).detach()
@@ -119,11 +119,11 @@ class DistributionMatching(AuxiliaryLoss):
     certain: with `known`, a relation of at least this weight gives a paper hard labels, and it gets no others.
     teacher: the side that is the target of the cross-entropy, "relation" or "prediction" (see matching_loss).
     stop_gradient: whether the teacher is a constant.
-    smoothing: number of average papers added to those of each label when a relation is estimated.
+    smoothing: number of average papers to add to each label's papers when a relation is estimated.
     match: how papers of the two tasks are compared: "title", "text" or "id" (datamodules/co_annotation.py).
-    max_labels: labels of each task that are encoded with a batch. Of more labels, a sample is encoded, and those
-        related to the batch.
-    objective: options of the objective, whose similarity and temperature (of each task) the softmaxes have. If the
+    max_labels: maximum number of labels of each task that are encoded with a batch. If a task has more, a sample is
+        encoded, and also the labels related to the batch.
+    objective: options of the objective. The softmaxes use its similarity and temperature (of each task); if the
         temperature is learned, its initial value.
     """
 
@@ -251,7 +251,7 @@ class DistributionMatching(AuxiliaryLoss):
         return torch.where(count > 0, certain / count.clamp(min=1), q)
 
     def _related(self, source: Labels, labels: Labels) -> Tensor:
-        """Return the relation from labels of the source to those of the target, (labels of the source, n)."""
+        """Return the relation from source labels to encoded target labels, (labels of the source, n)."""
         relation = self.relation[source.positions[:, None], labels.positions].masked_fill(labels.copies, 0.0)
         return relation.to(labels.vectors.dtype)
 

@@ -14,7 +14,7 @@ k for the group, then papers by the probability of a walk at that step. Here,
 * each query of a batch is a head; theirs has one head per batch, with half of the batch as positives
 * papers are drawn without replacement, as long as there are others
 * a negative is neither linked with the head nor one of its positives
-* the probabilities at step k are those of a sample of walks; theirs are exact for papers with up to 256 links
+* the probabilities at step k are estimated from a sample of walks; theirs are exact for papers with up to 256 links
 
 Shapes: B queries on this rank, p positives and n negatives of a head, D dimensions of a vector.
 """
@@ -76,7 +76,7 @@ class GroupSampler:
     def group(self, row: int, rng: np.random.Generator) -> np.ndarray:
         """Return p positives and n negatives of a query, (p + n,).
 
-        A query that lacks either gets its own row p + n times.
+        A query without positives or without negatives gets its own row p + n times.
         """
         no_group = np.full(self.positives + self.negatives, row)
         if row not in self.graph:
@@ -96,7 +96,7 @@ class GroupSampler:
 
 
 class GroupLoss(AuxiliaryLoss):
-    """Bring each paper near those that random walks on the citation graph reach, and away from those rarely reached.
+    """Move each paper closer to papers that random walks from it often reach, and away from rarely reached papers.
 
     weight: factor of the loss.
     steps: maximum number of steps of a walk, k; at least 2.

@@ -33,8 +33,8 @@ from lightning_modules.encoders.loading import with_weights
 class ShardedStrategy(DDPStrategy):
     """Lightning's DDP strategy, with the encoder sharded instead of copied.
 
-    The first rank writes checkpoints, with whole tensors. So a run can be resumed with another strategy or number of
-    ranks. Weights are loaded before the encoder is sharded.
+    The first rank writes checkpoints, with whole tensors. So a run can be resumed with a different strategy or number
+    of ranks. Weights are loaded before the encoder is sharded.
     """
 
     def configure_ddp(self) -> None:

@@ -49,7 +49,7 @@ def catch_interrupt() -> None:
 
 
 def ignore() -> None:
-    """Ignore further signals, so that they do not change the exit status. Has no effect without catch()."""
+    """Ignore all later signals, so that they do not change the exit status. Has no effect without catch()."""
     for number in ASKING if _owner == os.getpid() else ():
         signal.signal(number, signal.SIG_IGN)
 

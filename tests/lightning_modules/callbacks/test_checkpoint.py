@@ -168,7 +168,7 @@ def test_the_average_is_evaluated_and_the_training_is_the_same_as_without_it(
 
 def test_divergence_ends_the_training_and_keeps_the_last_good_checkpoint(trained, tmp_path):
     message = (
-        "step 4 could not be written .*not finite.*; the last good checkpoint is step 2. The training has diverged"
+        "step 4 could not be written .*non-finite.*; the last good checkpoint is step 2. The training has diverged"
     )
     with pytest.raises(UserError, match=message):
         trained(Diverging(3))

@@ -195,7 +195,10 @@ def test_file_of_the_truth_has_precision_and_recall_1(data, tmp_path, form):
         ('{"query": "q0-1", "paper": "d0-1", "label": "drop", "score": 1}', ":3: expected a JSON object"),
         ("[1, 2]", ":3: expected a JSON object"),
         ("not json", ":3: expected a JSON object"),
-        ('{"query": "q0-0", "paper": "d0-0", "label": "keep"}', ":3: 'q0-0', 'd0-0': got 'keep', but 'drop' before"),
+        (
+            '{"query": "q0-0", "paper": "d0-0", "label": "keep"}',
+            ":3: 'q0-0', 'd0-0': got 'keep' here, but 'drop' earlier",
+        ),
     ],
 )
 def test_invalid_judgement_names_file_and_line(data, tmp_path, line, message):
