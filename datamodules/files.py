@@ -183,7 +183,7 @@ def regular(path: Path, longest: int | None = None) -> Path:
     return path
 
 
-# What numpy raises for a damaged header of an array, next to OSError and ValueError.
+# Errors that numpy raises for damaged array headers, in addition to OSError and ValueError.
 ARRAY_ERRORS = (EOFError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError, tokenize.TokenError)
 
 

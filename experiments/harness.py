@@ -60,8 +60,8 @@ class HarnessOptions(EncodingOptions):
         help="vectors for the program of SciDocs or SciRepEval, or rankings for the leaderboard of PMC-Patients"
     )
     data: Path = option(
-        help="scidocs: folder with paper_metadata_*.json; scirepeval: folder with a folder for each config, such as "
-        "fos, that has the split evaluation; pmc_patients: folder of the ReCDS benchmark"
+        help="scidocs: folder with paper_metadata_*.json; scirepeval: folder with one folder per config, such as "
+        "fos, each with the split evaluation; pmc_patients: folder of the ReCDS benchmark"
     )
     output: Path = option(help="new folder for the files")
     tasks: Path | None = option(

@@ -347,8 +347,8 @@ def _projection(dimension: int, teacher_dimension: int, asymmetric: bool) -> nn.
     """Return a projection (G, D) that starts orthogonal. It uses a separate random generator."""
     if asymmetric:
         raise UserError(
-            f"vector_teacher.asymmetric: the teacher's vectors have {teacher_dimension} dimensions, and the encoder's "
-            f"{dimension}; queries and documents are compared, so choose a teacher with {dimension}"
+            f"vector_teacher.asymmetric: expected a teacher with {dimension} dimensions, as in the encoder, got "
+            f"{teacher_dimension}; the encoder's queries are compared with the teacher's documents"
         )
     weight = torch.empty(teacher_dimension, dimension)
     return nn.Parameter(nn.init.orthogonal_(weight, generator=torch.Generator().manual_seed(0)))

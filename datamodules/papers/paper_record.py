@@ -102,7 +102,7 @@ def doi_names(value: Any) -> list[str]:
 
 
 def labels_of(names: Iterable[Any], key: str) -> list[Label]:
-    """Return labels that have only a name. Those that differ in case or spaces are the same."""
+    """Return labels that have only a name. Names that differ only in case or spaces make one label."""
     labels = []
     for name in names:
         if not isinstance(name, str):

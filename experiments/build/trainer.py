@@ -208,7 +208,7 @@ def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
 
 
 def _environment(config: Config) -> list[ClusterEnvironment]:
-    """Return the cluster environment where Lightning's own choice is wrong.
+    """Return the cluster environment if Lightning would choose the wrong one, else [].
 
     Raises UserError if srun did not start the number of processes that the configuration needs.
     """

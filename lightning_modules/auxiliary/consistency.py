@@ -172,7 +172,7 @@ def candidate_rows(table: TaskDataModule) -> np.ndarray:
 def draw_rows(
     rows: np.ndarray, count: int, queries: np.ndarray, documents: np.ndarray, rng: random.Random
 ) -> np.ndarray:
-    """Return at most `count` of some rows, drawn for a batch."""
+    """Draw at most `count` of the rows, with a batch's random generator."""
     return rows if len(rows) <= count else rows[sorted(rng.sample(range(len(rows)), count))]
 
 

@@ -182,7 +182,7 @@ def test_gradients_do_not_reach_documents_of_an_asymmetric_student(make_encoder,
 
 def test_asymmetric_student_of_another_size_raises_user_error(make_encoder, larger):
     options = VectorTeacherOptions("x", asymmetric=True)
-    with pytest.raises(UserError, match="asymmetric: the teacher's vectors have 48 dimensions, and the encoder's 32"):
+    with pytest.raises(UserError, match="asymmetric: expected a teacher with 32 dimensions, as in the encoder, got 48"):
         ContrastiveModule(
             make_encoder(), similarity="cosine", vector_teacher=options, vector_teacher_model=FrozenEncoder(larger())
         )
