@@ -121,9 +121,11 @@ def check_parameters(controller: Controller) -> None:
     """Raise UserError if the folder has trials of another sweep, which would be shown as trials of this one."""
     states = controller.states()
     for trial in controller.trials:
-        then = states.get(trial.number, {}).get("parameters", {})
+        recorded = states.get(trial.number, {})
+        then, settings = recorded.get("parameters", {}), recorded.get("settings")
+        settings = settings if isinstance(settings, dict) else controller.settings  # earlier versions recorded none
         now = trial.values or {parameter.name: then.get(parameter.name) for parameter in controller.sweep.parameters}
-        if then and (differences := changes(then, now)):
+        if then and (differences := changes(settings | then, controller.settings | now)):
             raise UserError(
                 f"output: {relative_path(controller.folder)} has trials of another sweep (trial {trial.number}: "
                 f"{'; '.join(differences)}). Choose another output, or delete the folder."

@@ -25,6 +25,7 @@ from datamodules.records import UserError
 from experiments.config.experiment import ROOT
 from experiments.config.sweep_file import Sweep, as_override
 from experiments.config.sweep_parameters import suggest_trial
+from experiments.run.folder import CHANGEABLE
 from experiments.run.runner import Runner, log_tail, send
 from experiments.shared.console import relative_path
 from lightning_modules.distributed.signals import PREEMPTED
@@ -35,7 +36,7 @@ MAX_FAILED = 3  # the sweep ends if that many trials fail before any has succeed
 POLL_EVERY = 3.0  # seconds between two checks of the metric that a trial logs
 REPORT_EVERY = 20.0  # seconds between two log lines on a trial's progress
 ENDED = ("finished", "stopped")  # stopped: by early_terminate
-MAKE_ONLY = ("EXTRAS=", "PYTHON=", "VENV=")  # variables that only make has
+MAKE_ONLY = ("EXTRAS", "PYTHON", "VENV")  # variables that only make has
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,16 @@ class Controller(Runner[Trial]):
         self._any_succeeded = False
         self._writing = threading.Lock()
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """Settings of all trials by their key, without those that may change between the attempts of a run."""
+        words = (word.partition("=") for word in self.sweep.command([]))
+        return {
+            key: value
+            for key, equals, value in words
+            if equals and key not in MAKE_ONLY and not key.startswith(CHANGEABLE)
+        }
+
     def states(self) -> dict[int, dict[str, Any]]:
         """Return the last row of trials.jsonl of each trial, by number."""
         types = {"trial": int, "state": str, "parameters": dict}
@@ -213,7 +224,7 @@ class Controller(Runner[Trial]):
     def _run_process(self, trial: Trial, lock: IO[str]) -> int:
         command = self.sweep.command(trial.arguments(self.sweep))
         if command[0] == "make":  # the same with this interpreter, and not with that of the Makefile
-            words = [word for word in command[1:] if not word.startswith(MAKE_ONLY)]
+            words = [word for word in command[1:] if word.partition("=")[0] not in MAKE_ONLY]
             command = [sys.executable, "-m", "experiments", *words]
         with self.process(command, trial.log, lock, ROOT) as process:
             return self._watch(trial, process)
@@ -258,5 +269,6 @@ class Controller(Runner[Trial]):
 
     def _record(self, trial: Trial, state: str, **details: Any) -> None:
         row = {"trial": trial.number, "state": state, "parameters": trial.values, "time": round(time.time(), 1)}
+        row["settings"] = self.settings
         with self._writing:
             append_lines(self.folder / "trials.jsonl", json.dumps(row | details) + "\n")

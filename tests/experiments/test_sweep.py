@@ -400,6 +400,24 @@ def test_trials_of_another_sweep_are_not_shown_as_trials_of_this_one(make_sweep,
     assert not (output / "results.json").exists()
 
 
+def test_trials_with_other_settings_are_not_shown_as_trials_of_this_command(make_sweep, tmp_path):
+    """The old trials were shown as results of the new settings."""
+    path, output = make_sweep(THREE), tmp_path / "out"
+    command = ["moe", f"sweep={path}", f"output={output}"]
+    sweep([*command, "optim.warmup=0.5"])
+    content = (output / "results.json").read_text()
+    for change, difference in (
+        (["optim.warmup=0.6"], "optim.warmup: 0.5 then, 0.6 now"),
+        ([], "optim.warmup: 0.5 then, None now"),
+    ):
+        with pytest.raises(UserError, match=f"trials of another sweep .trial 0: {difference}"):
+            sweep([*command, *change])
+    with pytest.raises(UserError, match="EXP: moe then, vanilla now"):
+        sweep(["vanilla", *command[1:], "optim.warmup=0.5"])
+    assert (output / "results.json").read_text() == content
+    sweep([*command, "optim.warmup=0.5", "trainer.log_every_n_steps=3"])  # a run may resume with it, too
+
+
 def test_an_output_that_is_a_file_raises_user_error(make_sweep, tmp_path):
     with pytest.raises(UserError, match="output: .*mine.yaml cannot be used"):
         sweep(["moe", f"sweep={make_sweep(THREE)}", f"output={tmp_path / 'mine.yaml'}"])
