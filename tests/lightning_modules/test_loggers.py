@@ -143,4 +143,4 @@ def test_a_logger_that_cannot_write_does_not_end_the_run(tmp_path, caplog, name)
     for step in (1, 2):
         logger.log_metrics({"loss": 1.0}, step=step)
     logger.close()
-    assert caplog.text.count(f"{name} cannot be written") == 1
+    assert caplog.text.count(f"{name}: cannot be written") == 1
