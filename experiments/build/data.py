@@ -42,7 +42,7 @@ def build_data(config: Config, training: bool = False) -> MultiTaskDataModule:
         raise UserError(f"task.{error.task}.data.{error.collection}: {error.problem}") from error
     if training:
         warn_about_sample(config, data.tasks)
-        handle_leaks(config.data, data.tasks)
+        handle_leaks(config.data, data.tasks, set().union(*_sample_collections(config).values()))
         add_rounds(config, data)
     data.options = dataclasses.replace(options, phases=_phases(config, data))
     return data
@@ -131,12 +131,17 @@ def check_folder(config: Config, task: str, name: str, node: Mapping[str, Any]) 
     raise UserError(message)
 
 
-def warn_about_sample(config: Config, tasks: Sequence[TaskDataModule]) -> None:
-    """Warn if the training mixes the synthetic sample with the user's collections."""
-    sample = {
+def _sample_collections(config: Config) -> dict[str, set[str]]:
+    """Return the names of the collections of the synthetic sample, by task."""
+    return {
         name: {key for key, node in task.data.items() if node["_target_"].startswith(SAMPLE)}
         for name, task in config.task.items()
     }
+
+
+def warn_about_sample(config: Config, tasks: Sequence[TaskDataModule]) -> None:
+    """Warn if the training mixes the synthetic sample with the user's collections."""
+    sample = _sample_collections(config)
     with_own_data = [name for name, task in config.task.items() if set(task.data) != sample[name]]
     if not with_own_data or not any(sample.values()):
         return

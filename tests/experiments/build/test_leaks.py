@@ -60,6 +60,17 @@ def test_leaks_are_warned_about_stripped_or_refused(leaking, tmp_path, caplog):
     build_data(make_config(folder, tmp_path, "data.on_leak=error"))  # for evaluation
 
 
+def test_own_data_are_compared_at_the_scale_of_the_sample_and_the_sample_is_not(leaking, tmp_path, caplog):
+    """The sample, in which a few titles are the same, once turned the warning off for own data too."""
+    folder, _ = leaking
+    both = [*TINY, "tasks=[search]", f"data.cache={tmp_path / 'cache'}"]
+    build_data(load_config("moe", both), training=True)
+    assert "comparing the training data" not in caplog.text
+    build_data(load_config("moe", [*both, f"task.search.data.mine={folder}"]), training=True)
+    (warning,) = (message for message in caplog.messages if message.startswith("evaluation texts are in"))
+    assert "(mine, test queries: 3 by text)" in warning
+
+
 def test_texts_of_other_folders_are_stripped_from_positives_too(leaking, tmp_path, monkeypatch):
     folder, _ = leaking
     config = make_config(folder, tmp_path, "data.on_leak=ignore")
