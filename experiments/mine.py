@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,11 @@ from datamodules.records import UserError, changes
 from experiments.build.data import build_data
 from experiments.build.mining import build_mining
 from experiments.build.models import EncodingOptions, device_of
-from experiments.config.experiment import ExperimentOptions, parse_experiment
+from experiments.config.arguments import option_keys
+from experiments.config.experiment import ExperimentOptions, load_config, parse_overrides
 from experiments.config.schema import Config
 from experiments.config.targets import current_path
+from experiments.run.endings import train_command
 from experiments.run.folder import flat
 from experiments.run.processes import run_on_ranks
 from experiments.shared.console import entry_point
@@ -54,13 +55,17 @@ class MineOptions(ExperimentOptions, EncodingOptions):
 
 
 def main(arguments: Sequence[str]) -> None:
-    options, config = parse_experiment(MineOptions, arguments)
+    options, overrides = parse_overrides(MineOptions, arguments)
+    config = load_config(options.experiment, overrides, option_keys(MineOptions))
     vectors = options.vectors or Path(f"{options.output}.vectors")
     with (
         writable_folder("output", options.output.absolute().parent),
         writable_folder("vectors", vectors),
     ):
         run_on_ranks(lambda: mine(config, options, vectors), "experiments.mine", arguments, options.devices)
+    others = [text for text in overrides if not text.startswith("mining.")]
+    command = train_command(config.experiment, config, [*others, f"mining.store={options.output}"])
+    log.info("Hard negatives: %s. Next: %s", options.output, command)
 
 
 def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
@@ -162,8 +167,6 @@ def _write(config: Config, options: MineOptions, mined: Mapping[str, Mined], met
         return
     path = write_store(options.output, {task: result.negatives for task, result in mined.items()}, meta).path
     write_report(path, reports, f"hard negatives {origin}")
-    store = shlex.quote(str(path))
-    log.info("Hard negatives: %s. Next: make train EXP=%s mining.store=%s", path, config.experiment, store)
 
 
 def _has_report(output: Path) -> bool:

@@ -54,10 +54,14 @@ def next_steps(config: Config, overrides: Sequence[str], folder: Path) -> str:
     if config.extend.model or config.init_from or any(key.startswith(("encoder", "callbacks.")) for key in keys):
         return report
     other = "moe" if config.experiment == "vanilla" else "vanilla"
-    shared = [text for text, key in zip(overrides, keys, strict=True) if key not in THIS_RUN_ONLY]
+    return f"{report}, or the same with another encoder: {train_command(other, config, overrides)}"
+
+
+def train_command(experiment: str, config: Config, overrides: Sequence[str]) -> str:
+    """Return the command that trains an experiment with these settings and scale, in a run of its own."""
+    shared = [text for text in overrides if text.partition("=")[0] not in THIS_RUN_ONLY]
     scale = [] if config.scale == Config.scale else [f"SCALE={config.scale}"]
-    command = shlex.join(["make", "train", f"EXP={other}", *scale, *shared])
-    return f"{report}, or the same with another encoder: {command}"
+    return shlex.join(["make", "train", f"EXP={experiment}", *scale, *shared])
 
 
 def raise_if_preempted(trainer: L.Trainer) -> None:

@@ -49,6 +49,9 @@ class HardNegativeMining(L.Callback):
         trainer.datamodule.rounds.plan(self.first_step * batches, self.every_n_steps * batches)  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
+        if self.mining.judges:
+            self._pools = trainer.datamodule.pools()  # type: ignore[attr-defined]
+            self.mining.check_judges(self._pools)  # before hours of training
         self._mine_if_due(trainer, module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: ContrastiveModule, *_: Any) -> None:

@@ -182,6 +182,7 @@ class Mining:
         step: optimizer step, used as an additional sampling seed.
         document_vectors: as in mine().
         """
+        self.check_judges(pools)
         guide, device = None, vectors.encoder.device if vectors else self.device
         log.info("mining on %s", describe_device(device))
         if self.guide is not None:
@@ -204,6 +205,11 @@ class Mining:
                 )
                 mined.setdefault(pool.task, []).append(result)
         return self.relabelled({task: joined_pools(results) for task, results in mined.items()}, pools)
+
+    def check_judges(self, pools: Sequence[MiningPool]) -> None:
+        """Raise UserError if a judge does not fit the pools."""
+        for judge in set(self.judges.values()):
+            judge.check(pools)
 
     def relabelled(self, tasks: Mapping[str, Mined], pools: Sequence[MiningPool]) -> dict[str, Mined]:
         """Let the judges decide on mined negatives. All ranks call this together."""

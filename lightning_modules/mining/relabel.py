@@ -79,6 +79,9 @@ class Judge(ABC):
             )
         self.drop_above, self.positive_above = drop_above, positive_above
 
+    def check(self, pools: Sequence[MiningPool]) -> None:  # noqa: B027
+        """Raise UserError if the judge does not fit the pools of all tasks. Called before mining."""
+
     @abstractmethod
     def judge(self, pairs: Sequence[Pairs], context: JudgeContext) -> list[Verdict]:
         """Return the decisions on the mined documents of all pools of a task. All ranks call this together."""
@@ -151,11 +154,15 @@ class FileJudge(Judge):
         super().__init__(drop_above, positive_above)
         self.path = path
         with explained(f"path: {path} cannot be read", OSError, UnicodeDecodeError):
-            self._content = Path(path).read_text(encoding="utf-8")
+            self._content = Path(path).read_text(encoding="utf-8-sig")
+        self._judgements = list(self._lines())  # at the start, because a mining may take hours
 
     @property
     def fingerprint(self) -> str:
         return hashlib.blake2b(self._content.encode(), digest_size=8).hexdigest()
+
+    def check(self, pools):
+        self._read(pools)
 
     def judge(self, pairs, context):
         judgements = self._read(context.pools)
@@ -178,7 +185,7 @@ class FileJudge(Judge):
         queries = [{query.id for query in pool.queries} for pool in pools]
         papers = [{document.id for document in pool.corpus} for pool in pools]
         judgements: dict[tuple[str, str], str | float] = {}
-        for number, query, paper, value in self._lines():
+        for number, query, paper, value in self._judgements:
             where = f"{self.path}:{number}"
             if not any(query in known for known in queries):
                 raise UserError(f"{where}: unknown query {query!r}; expected the id of a training query")

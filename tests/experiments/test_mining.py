@@ -2,6 +2,7 @@
 
 import json
 import random
+import shlex
 import shutil
 import signal
 import sys
@@ -126,6 +127,8 @@ def test_judge_relabels_while_mining_or_a_store_and_the_run_trains_on_it(tmp_pat
     mine([*mining, judge, f"output={tmp_path / 'at once'}"])
     mine(["moe", *SMALL, f"mining.store={tmp_path / 'plain'}", judge, f"output={tmp_path / 'later'}"])
     assert "search, decisions of FileJudge: keep" in caplog.text
+    next_command = shlex.join(["make", "train", "EXP=moe", *SMALL, f"mining.store={tmp_path / 'later'}"])
+    assert caplog.messages[-1] == f"Hard negatives: {tmp_path / 'later'}. Next: {next_command}"
     at_once, later = (HardNegativeStore(tmp_path / name) for name in ("at once", "later"))
     assert at_once.hash == later.hash != plain.hash
     assert later.meta["judges"]["search"]["path"] == str(file)
@@ -149,6 +152,16 @@ def test_judge_relabels_while_mining_or_a_store_and_the_run_trains_on_it(tmp_pat
     with pytest.raises(UserError, match="mining.judge: this run mines nothing"):
         train("moe", [f"run.dir={tmp_path / 'unused'}", *SMALL, judge])
     train("moe", [f"run.dir={tmp_path / 'run'}", *SMALL, f"mining.store={tmp_path / 'later'}", "trainer.max_steps=2"])
+
+
+@pytest.mark.slow
+def test_judgements_of_unknown_ids_end_a_training_before_its_first_step(tmp_path):
+    (tmp_path / "judged.jsonl").write_text('{"query": "nobody", "paper": "p1", "label": "drop"}')
+    judge = f"{{_target_: lightning_modules.mining.relabel.FileJudge, path: {tmp_path / 'judged.jsonl'}}}"
+    settings = [*SMALL, *MINED, f"mining.judge={judge}", "trainer.max_steps=3", f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match="judged.jsonl:1: unknown query 'nobody'"):
+        train("moe", settings)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -213,6 +213,22 @@ def test_invalid_line_of_columns_names_file_and_line(data, tmp_path):
         mining_with(FileJudge(str(path)), tmp_path).run(None, data.pools())
 
 
+def test_judgements_are_checked_before_mining(data, tmp_path, monkeypatch):
+    """A wrong file once ended a training at its first mining, and `make mine` after its last search."""
+    monkeypatch.setattr("lightning_modules.mining.mine.mine", None)
+    with pytest.raises(UserError, match=":1: expected a JSON object"):
+        FileJudge(str(judgements(tmp_path, ["not json"])))
+    judge = FileJudge(str(judgements(tmp_path, ['{"query": "q9-9", "paper": "d0-1", "label": "drop"}'])))
+    with pytest.raises(UserError, match=":1: unknown query 'q9-9'"):
+        mining_with(judge, tmp_path).run(None, data.pools())
+
+
+@pytest.mark.parametrize("name", ["judged.tsv", "judged.jsonl"])
+def test_file_of_judgements_may_have_a_byte_order_mark(data, tmp_path, name):
+    line = "q0-0\td0-0\tdrop" if name.endswith(".tsv") else '{"query": "q0-0", "paper": "d0-0", "label": "drop"}'
+    FileJudge(str(judgements(tmp_path, ["\ufeff" + line], name))).check(data.pools())
+
+
 def test_invalid_settings_raise_user_error(tmp_path):
     with pytest.raises(UserError, match="positive_above: expected at least drop_above, 0.5, got 0.4"):
         FileJudge("any", 0.5, 0.4)
