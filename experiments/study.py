@@ -12,7 +12,9 @@ from typing import Any
 from datamodules.files import read_json, write_json, write_text
 from datamodules.options import option
 from datamodules.records import UserError
+from experiments.__main__ import command_names
 from experiments.config.arguments import parse
+from experiments.config.structured import unknown
 from experiments.config.study_file import Job, Study, read_study, studies
 from experiments.results.study_page import collect, page, plot_of, records, tables
 from experiments.run.jobs import JobRunner, is_complete
@@ -60,6 +62,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"study: expected one of {', '.join(studies())}, or a path (make study STUDY=papers)")
     reserve_stdout(options.format)
     study = read_study(options.study, options.output, options.values)
+    _check_commands(study)
     jobs = _chosen(study, options)
     if options.list:
         _show_jobs(study, jobs)
@@ -78,6 +81,16 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(
             f"failed: {', '.join(job.name for job in runner.failed)}; their logs are in {relative_path(study.folder)}"
         )
+
+
+def _check_commands(study: Study) -> None:
+    """Raise UserError for a command that does not exist: `evaluate` runs only after hours of training."""
+    for job in study.jobs:
+        for number, words in enumerate(job.commands, start=1):
+            name = words[0] if words else ""
+            if name not in command_names():
+                key = "evaluate" if number == len(job.commands) else f"arms.{job.arm}"
+                raise UserError(f"{study.name}: {key}: {unknown('command', name, command_names())}")
 
 
 def _run(runner: JobRunner, study: Study) -> None:

@@ -91,15 +91,16 @@ def is_complete(folder: Path, job: Job) -> bool:
 def seconds_of(folder: Path, job: Job) -> list[float]:
     """Return the seconds of each completed command. The last one, the evaluation, counts only if its results exist.
 
-    Raises UserError if the job was begun with other commands.
+    Commands that are not complete may have changed since. Raises UserError if one that is complete has.
     """
     path = folder / f"{job.name}.json"
     if not path.is_file():
         return []
     record = read_json(path, {"commands": list, "seconds": list}, "Delete it to run the job again.")
-    now = [list(command) for command in job.commands]
-    if record["commands"] != now:
-        then = [word for command in record["commands"] for word in command]
+    done = len(record["seconds"])
+    now = [list(command) for command in job.commands[:done]]
+    if record["commands"][:done] != now:
+        then = [word for command in record["commands"][:done] for word in command]
         words = [word for command in now for word in command]
         differing = next(((a, b) for a, b in zip(then, words, strict=False) if a != b), ("more words", "fewer words"))
         raise UserError(

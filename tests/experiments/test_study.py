@@ -175,6 +175,28 @@ def test_jobs_run_once_each_after_those_it_needs(make_study, calls):
         JobRunner(study.folder, make_study(values=["steps=7"]).jobs).run()
 
 
+def test_a_command_that_does_not_exist_is_refused_before_anything_runs(make_study, tmp_path):
+    """`evaluate` runs only after the training, and a job was not continued with another one."""
+    for old, new, message in (
+        ("evaluate: eval", "evaluate: evla", "mine: evaluate: unknown command 'evla'; did you mean eval?"),
+        ('"mine {folder}"', '"mien {folder}"', "mine: arms.one: unknown command 'mien'; did you mean mine?"),
+        ('"mine {folder}"', '""', "mine: arms.one: unknown command ''"),
+    ):
+        make_study(FILE.replace(old, new))
+        with pytest.raises(UserError, match=re.escape(message)):
+            main([f"study={tmp_path / 'mine.yaml'}", f"output={tmp_path / 'out'}"])
+
+
+def test_a_job_continues_with_another_command_in_place_of_one_that_failed(make_study, calls):
+    failing = make_study(FILE.replace("eval {model} output={output}", "train {model} {output} fail"))
+    JobRunner(failing.folder, failing.jobs).run()
+    assert all(seconds_of(failing.folder, job) for job in failing.jobs if job.arm == "one")
+    before, study = len(calls()), make_study()
+    JobRunner(study.folder, study.jobs).run()
+    assert all(is_complete(study.folder, job) for job in study.jobs)
+    assert [call[0] for call in calls()[before:] if "both-seed1" not in " ".join(call)] == ["eval"] * 3
+
+
 def test_a_failed_job_stops_only_those_that_need_it_and_runs_again(make_study, calls, caplog):
     failing = FILE.replace('seed={seed} {train}"', 'seed={seed} fail{seed}"').replace("fail{seed}", "fail")
     study = make_study(failing)
