@@ -83,7 +83,7 @@ def check_name(what: str, name: object) -> None:
     if not is_name or len(str(name).encode()) > LONGEST_NAME:
         raise UserError(
             f"{what} {name!r}: cannot be part of a file's name; expected at most {LONGEST_NAME} bytes, without slashes "
-            "or control characters, and not starting with a dot"
+            "or control characters, not starting with a dot, and not a name that Windows reserves (nul, con, aux, ...)"
         )
 
 

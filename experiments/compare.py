@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +103,11 @@ def main(arguments: Sequence[str]) -> None:
         content = _compare(a, b, options)
         if not content["benchmarks"]:
             reasons = "; ".join(_group_by_reason(content["left_out"]))
+            metric = f" metrics={options.metric}" if options.metric else ""
             raise UserError(
                 f"nothing could be compared ({reasons}). To evaluate both on the same data: make eval "
-                f"model={a[0].folder},{b[0].folder} beir=FOLDER task=NAME (or benchmarks=all data.root=FOLDER)"
+                f"{shlex.quote(f'model={a[0].folder},{b[0].folder}')} beir=FOLDER task=NAME (or benchmarks=all "
+                f"data.root=FOLDER){metric}"
             )
         _write(content, options, a, b)
         _show(content, options.format, always_examples=bool(options.examples))

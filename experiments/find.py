@@ -126,7 +126,8 @@ def _matrix_of(metadata: dict[str, Any]) -> Matrix | None:
 
 
 def _read_queries(source: Path) -> list[Document]:
-    files = text_files(find_optional_file(source, "queries.jsonl") or source)  # in BEIR layout, a folder has both
+    file = find_optional_file(source, "queries.jsonl")  # in BEIR layout, a folder has both
+    files = text_files(file or source, "queries")
     with BadLines() as bad_lines:
         queries = [query for _, shard in read_shards(files, 2**16, range(2**31), bad_lines) for query in shard]
     if not queries:

@@ -191,6 +191,8 @@ def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
 
 def not_text(text: str) -> str:
     """Return the reason why a string is not text, or "" if it is."""
+    if text.startswith(("\udcff\udcfe", "\udcfe\udcff")):
+        return "UTF-16, as some Windows programs write it; save the file as UTF-8"
     if "\0" in text:
         return "contains NUL bytes, as after a crash or an incomplete copy"
     if not text.isascii() and (match := SURROGATES.search(text)):

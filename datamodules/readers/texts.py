@@ -25,10 +25,11 @@ NUMBERS = re.compile(r"(\d+)")
 ID_KEYS = ("id", "_id", "paper_id", "corpusid")
 
 
-def text_files(source: Path) -> list[Path]:
+def text_files(source: Path, key: str = "input") -> list[Path]:
     """Return the file itself, the corpus or all shards of a folder, or the files of a pattern such as part-*.jsonl.gz.
 
-    Shards are ordered by path, with numbers by value. Raises UserError if there is none.
+    Shards are ordered by path, with numbers by value. key: key that names the source, for errors.
+    Raises UserError if there is none.
     """
     if source.is_file():
         files, expected = [source], ""
@@ -41,10 +42,11 @@ def text_files(source: Path) -> list[Path]:
         files = [Path(path) for path in glob.glob(str(source)) if Path(path).is_file()]
         expected = "an existing file, a folder, or a pattern of files"
     if not files:
-        raise UserError(f"input: {source}: expected {expected}")
+        raise UserError(f"{key}: {source}: expected {expected}")
     if library := next((path for path in files if suffix_of(path) in LIBRARIES), None):
         raise UserError(
-            f"input: {library} is a library of papers; import it first, and use its papers.jsonl (docs/import.md)"
+            f"{key}: {library} is a table or a library of papers; expected JSON lines or .parquet. make import turns "
+            "it into papers.jsonl (docs/import.md)"
         )
     return sorted(files, key=_numbers_by_value)
 

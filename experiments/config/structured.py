@@ -136,15 +136,16 @@ def keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 def refuse_unknown_keys(schema: type, node: Any, source: str, prefix: str = "", others: Sequence[str] = ()) -> None:
-    """Raise UserError for a key that the schema, a dataclass, does not have, at any depth.
+    """Raise UserError for a key that the schema, a dataclass, does not have, or a value in place of keys, at any depth.
 
     others: words to suggest that are not keys of the schema.
     """
-    for parent, key, siblings, is_section in _unknown_keys(schema, node, prefix):
-        hint = did_you_mean(key, siblings, parent) if is_section or parent else ""
-        hint = hint or did_you_mean(key, [*others, *keys(schema)])
-        expected = siblings if parent else [*siblings, *others]
-        raise UserError(f"{source}: unknown key {parent}{key}; {hint}{expected_one_of(expected, hint)}")
+    with prefixed(f"{source}: "):
+        for parent, key, siblings, is_section in _unknown_keys(schema, node, prefix):
+            hint = did_you_mean(key, siblings, parent) if is_section or parent else ""
+            hint = hint or did_you_mean(key, [*others, *keys(schema)])
+            expected = siblings if parent else [*siblings, *others]
+            raise UserError(f"unknown key {parent}{key}; {hint}{expected_one_of(expected, hint)}")
 
 
 def _unknown_keys(hint: Any, node: Any, prefix: str) -> Iterator[tuple[str, str, list[str], bool]]:
@@ -157,6 +158,9 @@ def _unknown_keys(hint: Any, node: Any, prefix: str) -> Iterator[tuple[str, str,
     if isinstance(node, ListConfig) and dataclasses.is_dataclass(item):
         children = dict.fromkeys(range(len(node)), item)
     elif not isinstance(node, DictConfig):
+        if hints and node is not None:
+            section = prefix.removesuffix(".")
+            raise UserError(f"{section}: expected keys below it ({', '.join(hints)}), got {node!r}")
         return
     elif hints:
         children = {key: hints.get(key) for key in node}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 import pkgutil
 import re
 import types
@@ -160,6 +161,9 @@ def _check_arguments(key: str, cls: type, arguments: Mapping[str, Any], provided
         converted = OmegaConf.to_container(OmegaConf.merge(schema, dict(arguments)))
     except MERGE_ERRORS as error:
         raise UserError(f"{key}.{describe(error)}") from error
+    for name, value in converted.items():
+        if isinstance(value, float) and math.isnan(value):
+            raise UserError(f"{key}.{name}: expected a number, got nan")
     return {name: converted[name] for name in arguments}
 
 

@@ -189,7 +189,7 @@ def test_reasons_are_grouped_and_folders_have_short_names(tmp_path, monkeypatch)
         (["A={a}", "B=nowhere"], "B: nowhere does not exist. The runs in runs/ are: "),
         (["A={a}:bm25", "B={a}"], "A: which system of .*Expected one of .*:encoder"),
         (["A={a}", "B={a}", "benchmark=other"], "benchmark: no results on other; choose from generated"),
-        (["A={a}", "B={a}", "metric=ndcg@7"], "nothing could be compared"),
+        (["A={a}", "B={a}", "metric=ndcg@7"], "nothing could be compared .*data.root=FOLDER. metrics=ndcg@7$"),
         (["A={a},{a}", "B={a}"], "A: the same system is named twice"),
         (["A={a}", "B={a}", "level=95"], "level: expected a number .* below 1, got 95"),
         (["A={a}", "B={a}", "draws=0"], "draws: expected a number of at least 1, got 0"),

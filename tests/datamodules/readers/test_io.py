@@ -71,6 +71,14 @@ def test_lines_that_are_not_text_are_bad_one_by_one(path, tmp_path):
     ]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_is_named(path, encoding):
+    path.write_bytes("\ufeffone\ntwo\n".encode(encoding))
+    assert (
+        error_of_reading(path) == f"{path}, line 1: UTF-16, as some Windows programs write it; save the file as UTF-8"
+    )
+
+
 def test_line_that_is_too_long_is_bad_and_next_line_is_read(path, tmp_path, monkeypatch):
     monkeypatch.setattr(io, "MAX_LINE", 10_000)
     for rest in (0, 1, 9_999, 10_000, 10_001, 54_321):

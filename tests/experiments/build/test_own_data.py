@@ -131,8 +131,8 @@ def test_file_where_a_folder_is_expected_says_what_to_do(folders):
     (folders / "library.bib").write_text("@article{a, title={T}}")
     with pytest.raises(UserError, match="library.bib: is a file; expected a folder .* imported first"):
         evaluate(["model=bm25", f"beir={folders / 'library.bib'}", "task=search", f"output={folders / 'out'}"])
-    with pytest.raises(UserError, match="library.bib is a library of papers; import it first"):
-        text_files(folders / "library.bib")
+    with pytest.raises(UserError, match="queries: .*library.bib is a table or a library of papers; expected JSON"):
+        text_files(folders / "library.bib", "queries")
 
 
 def test_collections_of_two_tasks_need_different_names(folders):

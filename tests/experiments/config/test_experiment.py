@@ -293,6 +293,18 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
             ["needs the argument 'folder'"],
         ),
         (["moe", "data.root=${nowhere}"], ["nowhere"]),
+        (
+            ["moe", "objective.vector_teacher=start"],
+            ["objective.vector_teacher: expected keys below it (model, weight, loss", "got 'start'"],
+        ),
+        (["moe", "optim=[1]"], ["command line (optim=[1]): optim: expected keys below it (lr, "]),
+        (
+            [
+                "moe_mined",
+                "mining.judge={_target_: lightning_modules.mining.relabel.FileJudge, path: x, drop_above: .nan}",
+            ],
+            ["mining.judge.drop_above: expected a number, got nan"],
+        ),
         (["moe", "optim.lr={"], ["command line: 'optim.lr={' cannot be read"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
@@ -315,6 +327,8 @@ def experiments_folder(tmp_path, monkeypatch):
 
 
 def test_errors_in_files_name_the_file(experiments_folder):
+    (experiments_folder / "mine.yaml").write_text("encoder:\n  _target_: x\nobjective: {guide: bert}\n")
+    assert "objective.guide: expected keys below it (model, margin, kind, similarity), got 'bert'" in error_of("mine")
     (experiments_folder / "mine.yaml").write_text("encoder:\n  _target_: x\noptim: {lrr: 1}\n")
     assert "experiments/mine.yaml: unknown key optim.lrr" in error_of("mine")
     (experiments_folder / "mine.yaml").write_text("encoder: {a: [}\n")
