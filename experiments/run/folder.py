@@ -193,8 +193,11 @@ def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule
             f"run.dir: the data are not those of the run in {folder.path} ({'; '.join(differences)}). Restore the data "
             "or choose another run.dir, or use run.resume=never to start over and keep the old run under another name."
         )
-    then, now, manifest = _cache_of(folder.path), config.data.cache, manifest_of(folder.path)
-    if folder.complete or bool(then) == bool(now) or not manifest:
+    manifest = manifest_of(folder.path)
+    if folder.complete or not manifest:
+        return
+    then, now = _cache_of(folder.path), config.data.cache
+    if bool(then) == bool(now):
         return
     recorded, current = manifest["data"], describe_data(data)
     # In memory and in the cache, the same collection has different fingerprints, which the schedule depends on.
