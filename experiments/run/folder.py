@@ -216,11 +216,13 @@ def _cache_of(path: Path) -> str | None:
 def data_differences(path: Path, config: Config, data: MultiTaskDataModule) -> list[str]:
     """Return how the data differ from those that a run was started with. path: folder of the run."""
     then, now = manifest_of(path).get("data", {}), describe_data(data)
+    if not then:  # such as a folder with nothing but checkpoints
+        return []
     # Collections in memory and in the cache have different fingerprints.
     keys = ("documents", "queries", *(["fingerprint"] if bool(_cache_of(path)) == bool(config.data.cache) else []))
     return [
         f"{name}: {key} {_value_of(then, name, key)} then, {_value_of(now, name, key)} now"
-        for name in dict.fromkeys((*then, *now) if then else ())
+        for name in dict.fromkeys((*then, *now))
         if (key := next((key for key in keys if _value_of(then, name, key) != _value_of(now, name, key)), None))
     ]
 
