@@ -302,7 +302,7 @@ def _cost(
     def mean(size: Callable[[ContrastiveBatch], float]) -> float:
         return sum(map(size, batches)) / len(batches)
 
-    seconds = mean(steps.take)
+    seconds = sum(steps.take(batch) for batch in batches) / len(batches)
     workers = config.data.num_workers
     if workers is None:
         workers = default_num_workers(steps.device.type == "cuda", ranks_of(config) // config.trainer.num_nodes)
@@ -375,7 +375,9 @@ def _teacher_seconds(config: Config, data: MultiTaskDataModule, module: Contrast
     teacher.encoder.to(module.device)
     tables = {task: parts for task, parts in data.texts_of_rows().items() if options.is_used_for(task)}
     with computing_in(precision_of(config), module.device):
-        return sum(_encode(config, teacher.encoder, task, *(part for part, _ in tables[task])) for task in tables)
+        return sum(
+            _encoding_seconds(config, teacher.encoder, task, *(part for part, _ in tables[task])) for task in tables
+        )
 
 
 def _mining_seconds(
@@ -386,7 +388,7 @@ def _mining_seconds(
         return 0.0
     pools = [pool for pool in data.pools() if pool.task in mining.miners]
     with computing_in(precision_of(config), module.device):
-        return sum(_encode(config, module.encoder, pool.task, pool.corpus, pool.queries) for pool in pools)
+        return sum(_encoding_seconds(config, module.encoder, pool.task, pool.corpus, pool.queries) for pool in pools)
 
 
 def _evaluation_seconds(config: Config, data: MultiTaskDataModule, module: ContrastiveModule) -> float:
@@ -399,11 +401,11 @@ def _evaluation_seconds(config: Config, data: MultiTaskDataModule, module: Contr
         with computing_in(precision, module.device):
             for benchmark in data.benchmarks(split) if count else ():
                 texts = list(benchmark.corpus.values()), list(benchmark.queries.values())
-                seconds += count * _encode(config, module.encoder, benchmark.task, *texts)
+                seconds += count * _encoding_seconds(config, module.encoder, benchmark.task, *texts)
     return seconds
 
 
-def _encode(config: Config, encoder: Encoder, task: str, *parts: Sequence[Document]) -> float:
+def _encoding_seconds(config: Config, encoder: Encoder, task: str, *parts: Sequence[Document]) -> float:
     """Encode some texts of each part, and return the seconds that one rank would spend on its share of all texts."""
     seconds = 0.0
     for texts in parts:

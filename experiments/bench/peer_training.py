@@ -122,8 +122,10 @@ def _train(model: Any, config: Config, data: MultiTaskDataModule, guide: str | N
             progress.advance(1)
 
     datasets = {task: Dataset.from_dict(columns) for task, columns in pairs_of(config, data).items()}
-    arguments = {"model": model, "args": settings, "train_dataset": datasets, "loss": loss}
-    SentenceTransformerTrainer(**arguments, callbacks=[Progress()]).train()
+    trainer = SentenceTransformerTrainer(
+        model=model, args=settings, train_dataset=datasets, loss=loss, callbacks=[Progress()]
+    )
+    trainer.train()
 
 
 if __name__ == "__main__":

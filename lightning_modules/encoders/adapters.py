@@ -136,7 +136,7 @@ class Adapter:
 def with_adapters(encoder: Encoder, adapters: Mapping[str, str]) -> AdapterEncoder:
     """Add adapters, saved by the library `adapters`, to a plain encoder. Raises UserError if one does not fit.
 
-    adapters: task -> folder or hub name. The key "search.documents" stands for an adapter that encodes only the
+    adapters: task -> folder or hub name. The key "search.documents" is for an adapter that encodes only the
         documents of the task search.
     """
     if type(encoder) is not SharedEncoder:

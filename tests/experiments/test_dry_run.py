@@ -130,7 +130,7 @@ def test_encoding_for_mining_and_for_the_teacher_is_counted(predicted, make_enco
         encoded.append(task)
         return sum(map(len, parts))
 
-    monkeypatch.setattr(dry_run_module, "_encode", count)
+    monkeypatch.setattr(dry_run_module, "_encoding_seconds", count)
     mining = ["mining.first_step=0", "mining.every_n_steps=4", "mining.k=5", "task.search.num_hard_negatives=0"]
     teacher = [
         f"init_from={model}",
