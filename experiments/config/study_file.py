@@ -128,10 +128,13 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
 
 
 def _replace_values(settings: StudySettings, texts: Sequence[str]) -> None:
-    """Replace values of a study's file. texts: NAME=TEXT arguments."""
+    """Replace values of a study's file. texts: NAME=TEXT arguments, split at commas."""
     replaced: dict[str, str] = {}
     for text in texts:
         key, equals, value = text.partition("=")
+        if replaced and not equals:  # the value before has a comma
+            replaced[next(reversed(replaced))] += f",{text}"
+            continue
         if not equals or key not in settings.values:
             raise UserError(f"values: expected NAME=TEXT with a name of {', '.join(settings.values)}, got {text!r}")
         if key in replaced:

@@ -275,6 +275,12 @@ def test_chosen_arms_and_seeds_bring_those_they_need(make_study):
         _chosen(study, StudyOptions(arms=("none",)))
 
 
+def test_a_replaced_value_may_have_commas(make_study):
+    options = parse(StudyOptions, ["values=train=[search,links],seven,steps=7"])
+    study = make_study(values=options.values)
+    assert study.values == {"train": ["[search,links],seven"], "steps": ["7"]}
+
+
 def test_a_value_given_twice_raises_user_error(make_study):
     with pytest.raises(UserError, match="values: expected one value for steps, got '3' and '4'"):
         make_study(values=["steps=3", "steps=4"])
