@@ -1,1 +1,1 @@
-"""Benchmarks. Each reports ratios to a named baseline from the same run. Not tests: numbers depend on the machine."""
+"""Benchmarks. Each reports ratios to a baseline from the same run, because absolute numbers depend on the machine."""

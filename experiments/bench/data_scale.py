@@ -38,17 +38,17 @@ STEPS = 2  # timed training steps, after a warm-up step
 class DataScaleOptions:
     """Measure how fast a large collection loads.
 
-    Generates a collection in BEIR layout, converts and tokenises it, and then measures in a new process: the seconds
-    until the first batch, at step 0 and at a late step; the memory of the data; and the texts per second of the
-    loader, compared with training a BERT of MiniLM's size on the same batches.
+    Generates a collection in BEIR layout, converts it and tokenises it. A new process then measures the seconds until
+    the first batch, at step 0 and at a late step, the memory of the data, and the speed of the loader. That speed is
+    compared with training a BERT of MiniLM's size on the same batches.
     """
 
     folder: Path = option(help="folder for the generated data, reused by the next call")
     documents: int = option(3_000_000, "number of documents", minimum=1)
     pairs: int = option(10_000_000, "number of query-document pairs, ten per query", minimum=10)
-    step: int = option(100_000, "late step to measure too", minimum=0)
+    step: int = option(100_000, "late step at which loading is measured too", minimum=0)
     batches: int = option(50, "number of batches to time", minimum=1)
-    workers: int = option(0, "processes that prepare batches", minimum=0)
+    workers: int = option(0, "number of processes that prepare batches", minimum=0)
     device: str = option("auto", DEVICES)
 
 
@@ -109,14 +109,14 @@ def build_task(folder: Path, cache: Path, num_batches: int = 1, workers: int = 0
 
 
 def tokenizer():
-    """Return a tokenizer whose vocabulary has the words of the texts, but not the numbers in titles."""
+    """Return a tokenizer that knows the words of the texts, but not the numbers in titles."""
     return BertTokenizer(vocab=word_vocabulary(words(random.Random(0)), 30_000))
 
 
 def measure_batches(
     folder: Path, cache: Path, step: int, num_batches: int, workers: int, device: str, launched: float
 ) -> dict[str, float]:
-    """Measure the loader in this process, starting at a step. launched: time at which the process started."""
+    """Measure the loader in this process, starting at a step. launched: when the process started."""
     text_tokenizer = tokenizer()
     memory = Memory(torch.device("cpu"))
     before, started = memory.now(), time.perf_counter()
@@ -132,7 +132,7 @@ def measure_batches(
         count += num_texts([batch])
         kept = [*kept, batch][: STEPS + 1]
     rate = count / (time.perf_counter() - started)
-    figures |= {"memory of the data, GB": (memory.now() - before) / 1e9, "texts per second of the loader": rate}
+    figures |= {"memory for the data, GB": (memory.now() - before) / 1e9, "texts per second of the loader": rate}
     if step:
         training = training_rate(kept, text_tokenizer.get_vocab(), device)
         figures |= {"texts per second of training MiniLM": training, "loader over training": rate / training}

@@ -27,7 +27,7 @@ RULES = ("mod2", "mod3", "mod4", "ge6mod3", "le7mod3", "last2", "last1", "all")
 
 @dataclass(kw_only=True)
 class CostOptions:
-    """Compare the time of each encoder with that of the dense one, and the time for several tasks with that for one.
+    """Compare the speed of each encoder with the dense one, and of encoding for several tasks with encoding for one.
 
     The default sizes are those of BERT-base. The two encoders of a comparison take turns in the same process, and the
     result is the median ratio of their times.
@@ -40,7 +40,7 @@ class CostOptions:
     instruction: int = option(16, "number of tokens of an instruction, including [CLS] and [SEP]", minimum=3)
     experts: tuple[int, ...] = option((3, 8, 32), "numbers of experts", minimum=1)
     rounds: int = option(9, "number of measurements per comparison", minimum=1)
-    backward: bool = option(False, "measure the forward and backward pass together")
+    backward: bool = option(False, "include the backward pass")
     device: str = option("auto", DEVICES)
 
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def compare_encoders(options: CostOptions) -> Table:
-    """Compare each encoder with the dense one: on texts of one task, and on texts of different tasks."""
+    """Compare each encoder with the dense one, on batches of one task and of several tasks."""
     ids = torch.randint(5, 1000, (options.texts, options.tokens))
     prompt = torch.randint(5, 1000, (options.texts, options.instruction - 1))
     passes, device = "forward + backward" if options.backward else "forward", resolve_device(options.device)
@@ -95,7 +95,7 @@ def compare_numbers_of_tasks(options: CostOptions) -> Table:
     for rule in RULES:
         try:
             first = expert_layers(rule, options.layers)[0]
-        except ValueError:  # the rule selects no layer of a backbone this small
+        except ValueError:  # the backbone is too small for this rule
             continue
         encoder = MoEEncoder(*backbone_of(vars(options)), tasks_of(3), layers=rule, pooling="mean").to(device).eval()
 
@@ -111,7 +111,7 @@ def compare_numbers_of_tasks(options: CostOptions) -> Table:
 
 
 def make_run(encoder: Encoder, ids: torch.Tensor, task: str | list[str], backward: bool, device: torch.device) -> Run:
-    """Return a function that computes the forward pass of a batch and, with backward, the backward pass."""
+    """Return a function that runs a batch forward and, if `backward` is set, backward."""
     encoder.to(device).train(backward)
     tokens = Tokens.from_padded(ids, torch.ones_like(ids)).to(device)
 

@@ -40,13 +40,13 @@ AUTHORS_LENGTH = 512  # tokens that every text is padded to
 class BenchOptions:
     """Measure the time and memory of an evaluation.
 
-    part=loop evaluates 500 papers against 30,000 labels, with the named labels first, and compares the time with that
-    of the program of SciMult's authors. It pads texts to 512 tokens, encodes queries one by one and labels 64 at a
+    part=loop ranks 30,000 labels for 500 papers, with the labels that a paper names first, and times this against the
+    program of SciMult's authors. Their program pads texts to 512 tokens, encodes queries one by one and labels 64 at a
     time, sorts the whole corpus for each query, and looks ids up in lists. Its encoding is timed on a sample and scaled
-    up; its ranking is timed on all queries.
+    up. Its ranking is timed on all queries.
 
-    part=large ranks and measures 1.4 million generated vectors on disk (768 dimensions, half precision) for 6,000
-    queries, the 10,000 best for each. The peak memory includes mapped pages of the file.
+    part=large evaluates 6,000 queries on 1.4 million generated vectors on disk (768 dimensions, half precision), and
+    ranks 10,000 documents for each query. The peak memory includes mapped pages of the file.
     """
 
     part: Literal["loop", "large"] = option("loop", "what to measure")
@@ -56,10 +56,10 @@ class BenchOptions:
     dimension: int = option(768, "dimension of the vectors, for part=large", minimum=1)
     layers: int = option(6, "layers of the encoder, for part=loop", minimum=1)
     hidden: int = option(384, "dimension of the encoder, for part=loop", minimum=1)
-    sample: int = option(16, "queries to time the authors' encoding on, and four times as many labels", minimum=1)
+    sample: int = option(16, "queries to time the authors' encoding on; labels: four times as many", minimum=1)
     threads: int = option(2, "number of threads", minimum=1)
     device: str = option("auto", DEVICES)
-    folder: Path | None = option(None, "folder for the vectors of part=large, by default the system's")
+    folder: Path | None = option(None, "folder for the vectors of part=large, by default the system's temporary folder")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -100,7 +100,7 @@ def _loop(options: BenchOptions) -> None:
 
 
 def _labels_and_papers(num_queries: int, num_documents: int) -> Benchmark:
-    """Make labels of two to four words with definitions of twelve, and papers of about 200 words that name labels."""
+    """Make labels of two to four words, definitions of twelve words, and papers of 200 words that name labels."""
     rng = np.random.default_rng(0)
 
     def words(count: int) -> str:
@@ -126,7 +126,7 @@ def _authors_program(
 ) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Return the time of each stage of the authors' program, and the metrics of all queries.
 
-    vectors: our vectors, which must equal the program's.
+    vectors: our vectors, which the program's vectors must equal.
     """
     queries, labels = list(benchmark.queries.values()), list(benchmark.corpus.values())
 
@@ -189,12 +189,12 @@ def _large(options: BenchOptions, folder: Path) -> None:
     ranked = time.perf_counter() - started
     metrics = measure(run, benchmark, ["mrr@10000", "precision@10", "ndcg@10", "recall@1000"])
     log.info("ranking %.0f s, measuring %.0f s", ranked, time.perf_counter() - started - ranked)
-    log.info("peak memory %.1f GB, before the ranking %.1f GB", memory.peak() / 1e9, before / 1e9)
+    log.info("peak memory %.1f GB (%.1f GB before the ranking)", memory.peak() / 1e9, before / 1e9)
     log.info("metrics of random vectors: %s", {name: round(value, 5) for name, value in metrics.items()})
 
 
 def _clock() -> np.ndarray:
-    """Return wall-clock seconds, and CPU seconds of this process, which mean more on a busy machine."""
+    """Return wall-clock and CPU seconds. CPU seconds are more reliable on a busy machine."""
     return np.array([time.perf_counter(), time.process_time()])
 
 

@@ -1,4 +1,4 @@
-"""Measure everything that training and embedding do on a device: python -m experiments.bench.gpu --help"""
+"""Measure every part of training and embedding on a device: python -m experiments.bench.gpu --help"""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lightning_modules.throughput import encoder_ceiling
 
 log = logging.getLogger(__name__)
 
-# Part -> function, and its share of the budget. The first ones come first if the budget is small.
+# Part -> function, and its share of the budget. A small budget only covers the first parts.
 PARTS: dict[str, tuple[Callable[[Workload], Iterator[Figure | Check]], float]] = {
     "gemm": (gpu_parts.gemm, 0.03),
     "forward": (gpu_parts.forward, 0.13),
@@ -46,7 +46,7 @@ PARTS: dict[str, tuple[Callable[[Workload], Iterator[Figure | Check]], float]] =
     "search": (gpu_parts.search, 0.05),
     "tokenizer": (gpu_parts.tokenizer, 0.03),
 }
-# Sizes by kind of device, and with small=yes.
+# Sizes for each kind of device, and for small=yes.
 SIZES: dict[str, dict[str, Any]] = {
     "cuda": {"texts": 8192, "queries": 64, "cached_pairs": 4096, "vectors": 200_000, "seconds": 1.0},
     "cpu": {"texts": 64, "queries": 16, "cached_pairs": 64, "vectors": 20_000, "seconds": 1.0},
@@ -56,28 +56,29 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @dataclass(kw_only=True)
 class GpuOptions:
-    """Measure speed next to sentence-transformers in the same process, and check what only a GPU shows.
+    """Compare the speed with sentence-transformers in the same process, and check what only a GPU can show.
 
-    The parts are: matrix products (gemm), the forward pass alone, encode from texts to vectors, training steps, checks
-    (packed texts in bf16, batch-invariant vectors, waiting, recompilations), a real `make train`, GradCache, the shape
-    of MiniLM, search and mining, and the tokenizer. MFU is useful operations per second, as a share of a matrix product
-    of the encoder's width. A part whose time is over is cut short, so a slow device measures less, not longer.
+    The parts are: matrix products (gemm), the forward pass alone, encoding from texts to vectors, training steps,
+    checks (packed texts in bf16, batch-invariant vectors, waiting, recompilations), a real `make train`, GradCache, a
+    model of MiniLM's shape, search and mining, and the tokenizer. MFU is the useful operations per second, relative to
+    a matrix product of the encoder's width. A part stops when its time is over, so a slow device yields fewer figures
+    but does not take longer.
 
-    Weights are random. Lengths are distributed like those of real titles with abstracts. Other work on the same
-    machine disturbs speeds; compare those of one run.
+    Weights are random. Lengths are distributed like those of real titles with abstracts. Other work on the machine
+    changes the speeds, so only compare speeds of the same run.
     """
 
     device: str = option("auto", DEVICES)
     shape: Literal["bert-base", "minilm", "tiny"] = option("bert-base", "shape of the encoder")
     pooling: Literal["mean", "cls"] = option("mean", "pooling of the encoder")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "precision; auto: bf16 where it is fast")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option("auto", "precision; auto: bf16 if the device is fast")
     texts: int = option(0, "number of texts; 0: 8192 on a GPU, 64 on a CPU", minimum=0)
     tokens: float = option(209, "mean number of tokens of a text, after truncation", above=0)
     max_length: int = option(256, "maximum number of tokens of a text", minimum=16)
-    input: Path | None = option(None, "file of texts as for make embed, instead of synthetic ones")
-    parts: tuple[Literal[*PARTS], ...] = option((), "parts to measure, by default all")
-    budget: float = option(240, "seconds for all parts", above=0)
-    small: bool = option(False, "a tiny encoder and a few texts: seconds on a CPU, to try the program")
+    input: Path | None = option(None, "file of texts, as for make embed, instead of synthetic texts")
+    parts: tuple[Literal[*PARTS], ...] = option((), "parts to measure; by default all")
+    budget: float = option(240, "total time in seconds", above=0)
+    small: bool = option(False, "use a tiny encoder and a few texts, to try the program on a CPU in seconds")
     output: Path = option(Path("runs/bench-gpu"), "folder for gpu.json and gpu.html, which has a plot")
 
 
@@ -122,7 +123,7 @@ def build_workload(options: GpuOptions, device: torch.device, folder: Path) -> W
 
 
 def run_parts(options: GpuOptions, workload: Workload, results: Results) -> None:
-    """Run each part until it ends or its time is over. A part that fails does not stop the others."""
+    """Run each part until it ends or its time is over. If a part fails, the others still run."""
     chosen = [name for name in PARTS if name in options.parts or not options.parts]
     deadline = time.perf_counter() + options.budget
     for number, name in enumerate(chosen):
@@ -131,7 +132,7 @@ def run_parts(options: GpuOptions, workload: Workload, results: Results) -> None
         if left <= 0:
             results.skip(name, "not measured, because the budget is used up")
             continue
-        # A part may use the time that earlier ones left over.
+        # A part may use time that earlier parts did not need.
         limit = left * PARTS[name][1] / sum(PARTS[later][1] for later in chosen[number:])
         measured = PARTS[name][0](workload)
         try:

@@ -1,4 +1,4 @@
-"""The checks of `make bench BENCH=gpu`: what only the device itself can show. Each passes, fails or does not apply."""
+"""The checks of `make bench BENCH=gpu` that need the device. Each passes, fails or does not apply."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_modules.encoders import attention
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.retrieval.compute import computing_in
 
-NUM_TEXTS = 48  # texts of each equality check
+NUM_TEXTS = 48  # number of texts in each equality check
 LOWEST_COSINE, HIGHEST_ERROR = 0.9999, 2e-2  # bounds for bf16, compared with float32
 NUM_BATCHES = {"cuda": 500, "cpu": 40}  # batches over which recompilations are counted
 MAX_GRAPHS = 16
@@ -31,7 +31,11 @@ PROJECT = str(Path(__file__).parents[2])
 
 @dataclass(frozen=True)
 class Check:
-    """passed: None if the check does not apply here. detail: figures, or the reason."""
+    """The result of a check.
+
+    passed: None if the check does not apply here.
+    detail: figures, or why it does not apply.
+    """
 
     name: str
     passed: bool | None
@@ -54,7 +58,7 @@ def checks(workload: Workload) -> Iterator[Check]:
 
 
 def equality(workload: Workload) -> Iterator[Check]:
-    """Compare vectors and gradients in bf16, packed, with those of padded texts in float32."""
+    """Compare vectors and gradients of packed texts in bf16 with padded texts in float32."""
     encoders = {f"BERT, {kind}": lambda kind=kind: workload.new_encoder(kind) for kind in KINDS}
     encoders |= {f"{family}, Vanilla": lambda family=family: _other_family(family, workload) for family in FAMILIES}
     for name, build in encoders.items():
@@ -77,7 +81,7 @@ FAMILIES = ("RoBERTa", "MPNet", "ModernBERT")
 
 
 def _other_family(family: str, workload: Workload) -> Encoder:
-    """Return a random encoder of another family, with windows shorter than the texts in ModernBERT."""
+    """Return a random encoder of another family. ModernBERT's windows are shorter than the texts."""
     sizes = {"vocab_size": 30_522, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2}
     torch.manual_seed(0)
     if family in ("RoBERTa", "MPNet"):
@@ -94,7 +98,7 @@ def _other_family(family: str, workload: Workload) -> Encoder:
 
 @dataclass
 class _Result:
-    """Vectors (B, D) and the gradients of all parameters, end to end; and the attention kernels that were used."""
+    """Vectors (B, D), the concatenated gradients of all parameters, and the attention kernels used."""
 
     vectors: Tensor
     gradients: Tensor
@@ -123,14 +127,14 @@ def _vectors_and_gradients(
 
 
 def _difference(result: _Result, expected: _Result) -> tuple[float, float]:
-    """Return the lowest cosine of a text's vectors, and the relative error of the gradients."""
+    """Return the lowest cosine between the two vectors of a text, and the relative error of the gradients."""
     cosine = torch.cosine_similarity(result.vectors.double(), expected.vectors.double()).min()
     error = (result.gradients - expected.gradients).norm() / expected.gradients.norm()
     return float(cosine), float(error)
 
 
 def batch_invariance(workload: Workload) -> Check:
-    """Compare the bits of vectors over three packings."""
+    """Check that vectors have the same bits in three packings."""
     name = "batch-invariant vectors have the same bits in three packings"
     encoder, documents = workload.encoder(), workload.documents[:256]
     token_budget = max(int(workload.lengths[: len(documents)].sum()) // 7, 16 * workload.max_length)
@@ -156,7 +160,7 @@ def batch_invariance(workload: Workload) -> Check:
 
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
-    """Raise RuntimeError where the host would wait for the GPU."""
+    """Raise RuntimeError whenever the host would wait for the GPU."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         yield
@@ -169,7 +173,7 @@ def synchronisation(workload: Workload) -> Iterator[Check]:
     for kind in (*KINDS, "GradCache"):
         name = f"a training step never waits for the device: {kind}"
         if workload.device.type != "cuda":
-            yield Check(name, None, "only a GPU computes while the host continues")
+            yield Check(name, None, "needs a GPU: on a CPU, the host does the computing")
             continue
         encoder = workload.new_encoder(kind if kind in KINDS else "Vanilla")
         pairs = workload.queries * (8 if kind == "GradCache" else 1)
@@ -192,9 +196,9 @@ def _place(error: BaseException) -> str:
 
 
 def recompilations(workload: Workload) -> Check:
-    """Count the graphs that torch.compile makes in mixed batches: any size, each task, with and without gradients.
+    """Count the graphs that torch.compile makes for batches of mixed sizes and tasks, with and without gradients.
 
-    The encoder is tiny, because the number does not depend on its size.
+    The encoder is tiny, because the number of graphs does not depend on its size.
     """
     encoder = replace(workload, shape=SHAPES["tiny"]).new_encoder("MoE")
     encoder.compile()

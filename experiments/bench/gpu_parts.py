@@ -35,17 +35,17 @@ from lightning_modules.throughput import encoder_ceiling, forward_flops, gemm_ce
 OURS = "this project"
 DEVICE = "device"
 BATCH_SIZES = {"cpu": (8,), "cuda": (128, 256, 512)}  # for sentence-transformers, next to its default
-MINI_BATCHES = {"cpu": (8,), "cuda": (32, 256)}  # chunks of its GradCache; 32 is its default
+MINI_BATCHES = {"cpu": (8,), "cuda": (32, 256)}  # chunk sizes of its GradCache; the default is 32
 DROPOUTS = {"dropout 0": (0.0, 0.0), "dropout 0.1": (0.1, 0.0), "dropout 0.1, of attention too": (0.1, 0.1)}
 K = 100  # documents per query
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A speed.
+    """A measured speed.
 
-    part: key of gpu.PARTS, which run_parts sets.
-    system: OURS, PEER, or DEVICE for what the hardware or a library can do.
+    part: key of gpu.PARTS, set by run_parts.
+    system: OURS, PEER, or DEVICE (the hardware or a library alone).
     setting: what was measured, in words.
     speed: in `unit`, such as "texts/s".
     flops: useful operations per second (lightning_modules/throughput.py); 0 if they are not counted.
@@ -64,7 +64,7 @@ class Figure:
 
 
 def gemm(workload: Workload) -> Iterator[Figure]:
-    """Matrix products: of the encoder's width, and large ones."""
+    """Time matrix products of the encoder's width, and large ones."""
     device, size = workload.device, workload.encoder().dimension
     large = (8192,) * 3 if device.type == "cuda" else (2048,) * 3
     for dtype in dict.fromkeys([workload.dtype, torch.float32]):
@@ -75,7 +75,7 @@ def gemm(workload: Workload) -> Iterator[Figure]:
 
 
 def tokenizer(workload: Workload) -> Iterator[Figure]:
-    """The tokenizer alone, in one call, and in threads that tokenise ahead as `encode` does."""
+    """Time the tokenizer alone: in one call, and in threads that tokenise ahead, as `encode` does."""
     texts, documents = workload.texts, workload.documents
     seconds = workload.median_seconds(lambda: token_ids(texts, workload.tokenizer, workload.max_length))
     yield Figure(DEVICE, "one call", len(texts) / seconds, "texts/s")
@@ -90,7 +90,7 @@ def tokenizer(workload: Workload) -> Iterator[Figure]:
 
 
 def encode(workload: Workload) -> Iterator[Figure]:
-    """From texts to vectors on the host."""
+    """Time encoding, from texts to vectors on the host."""
     yield _encoding(workload, "Vanilla", workload.encoder())
     yield from _peer_encodings(workload)
     for kind in KINDS[1:]:
@@ -104,14 +104,14 @@ def encode(workload: Workload) -> Iterator[Figure]:
 
 
 def compiled(encoder: Encoder) -> Encoder:
-    """Return a copy of an encoder, with compiled layers."""
+    """Return a copy of an encoder with compiled layers."""
     encoder = copy.deepcopy(encoder)
     encoder.compile()
     return encoder
 
 
 def _encoding(workload: Workload, setting: str, encoder: Encoder, cached: bool = False) -> Figure:
-    """Measure `encode`. cached: whether the token ids are known from an earlier call."""
+    """Measure `encode`. cached: whether the token ids are cached from an earlier call."""
 
     def run(count: int | None = None) -> None:
         if not cached:
@@ -135,7 +135,7 @@ def _texts_figure(
 def _peer_encodings(workload: Workload) -> Iterator[Figure]:
     if not peer_version():
         return
-    sizes = (*BATCH_SIZES[workload.device.type], DEFAULT_BATCH)  # the best ones first
+    sizes = (*BATCH_SIZES[workload.device.type], DEFAULT_BATCH)  # the fastest first
     for attention in attentions(workload):
         peer = Peer(workload, attention)
         for size in sizes:
@@ -150,7 +150,7 @@ def _peer_encodings(workload: Workload) -> Iterator[Figure]:
 
 
 def forward(workload: Workload) -> Iterator[Figure]:
-    """The forward pass alone: packed token ids are on the device, and the vectors stay there."""
+    """Time the forward pass alone: token ids are already packed on the device, and the vectors stay there."""
     batches, encoder = workload.packed(), workload.encoder()
 
     def figure(setting: str, encoder: Encoder, cast_once: bool) -> Figure:
@@ -179,7 +179,7 @@ def forward(workload: Workload) -> Iterator[Figure]:
 
 
 def train(workload: Workload) -> Iterator[Figure]:
-    """Training steps: queries with one positive and one hard negative each, clipping, and fused AdamW."""
+    """Time training steps: queries with one positive and one hard negative each, clipping, and fused AdamW."""
     batches = [workload.batch(workload.queries, number=number) for number in range(4)]
     yield _step_figure("Vanilla, dropout 0", workload, workload.new_encoder(), batches)
     if peer_version():
@@ -217,7 +217,7 @@ def _pairs_figure(
     seconds: float,
     is_default: bool = False,
 ) -> Figure:
-    """Return the figure of a training step. seconds: time of a batch, in the mean of `batches`."""
+    """Return the figure of a training step. seconds: mean time per batch of `batches`."""
     lengths = [length for batch in batches for chunk in batch.chunks for length in chunk.lengths]
     flops = training_flops(encoder, np.array(lengths), TASK) / len(batches) / seconds
     pairs = len(batches[0].queries) / seconds
@@ -226,7 +226,7 @@ def _pairs_figure(
 
 
 def grad_cache(workload: Workload) -> Iterator[Figure]:
-    """A large batch in the memory of one chunk. Its second forward pass does not count as useful."""
+    """Time GradCache: a large batch in the memory of one chunk. The second forward pass does not count as useful."""
     pairs = workload.cached_pairs
     batches = [workload.batch(pairs, hard_negatives=0)]
     once = dataclasses.replace(workload, seconds=0.0)  # one step, after a warm-up
@@ -241,7 +241,7 @@ def grad_cache(workload: Workload) -> Iterator[Figure]:
 
 
 def search(workload: Workload) -> Iterator[Figure]:
-    """Exact top-k, and mining of hard negatives from vectors: one query for 32 documents."""
+    """Time exact top-k, and mining of hard negatives from vectors. There is one query per 32 documents."""
     dimension, count = workload.encoder().dimension, workload.vectors
     rng = np.random.default_rng(0)
     documents, queries = (rng.standard_normal((n, dimension), dtype=np.float32) for n in (count, max(1, count // 32)))
@@ -264,7 +264,7 @@ def search(workload: Workload) -> Iterator[Figure]:
 
 
 def minilm(workload: Workload) -> Iterator[Figure]:
-    """The shape of MiniLM, whose forward pass is so fast that everything else counts."""
+    """Time a model of MiniLM's shape. Its forward pass is so fast that all other work matters."""
     folder = workload.folder / "minilm"
     folder.mkdir()
     shape = workload.shape | (SHAPES["minilm"] if workload.encoder().dimension > 64 else {})  # not of the tiny encoder
@@ -278,7 +278,7 @@ def minilm(workload: Workload) -> Iterator[Figure]:
 
 
 def make_train(workload: Workload) -> Iterator[Figure]:
-    """A real run with loader, logging, W&B offline and checkpoints, next to the bare step."""
+    """Time a real run, with loader, logging, W&B offline and checkpoints, next to the bare training step."""
     batches = [workload.batch(workload.queries, number=number) for number in range(4)]
     yield _step_figure("bare step", workload, workload.new_encoder(), batches)
     pairs = real_training(workload, workload.folder / "training")
@@ -287,7 +287,7 @@ def make_train(workload: Workload) -> Iterator[Figure]:
 
 
 def real_training(workload: Workload, folder: Path) -> float:
-    """Run `make train` on the workload's texts. Return its pairs per second between the first and the last log row."""
+    """Run `make train` on the workload's texts, and return the pairs per second between its first and last log row."""
     folder.mkdir(parents=True)
     steps, log_every, save_every = (300, 20, 200) if workload.device.type == "cuda" else (12, 4, 6)
     _write_texts(workload.documents, folder / "data")

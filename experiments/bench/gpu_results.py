@@ -1,4 +1,4 @@
-"""What `make bench BENCH=gpu` reports: lines and tables on the console, gpu.json, and gpu.html with a plot."""
+"""Report the results of `make bench BENCH=gpu`: on the console, in gpu.json, and in gpu.html with a plot."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightning_modules.retrieval.compute import describe_device
 log = logging.getLogger(__name__)
 
 COLUMNS = ("part", "system", "setting", "speed", "unit", "useful TFLOP/s", "MFU", f"x {PEER}'s best")
-SYSTEMS = {OURS: 0, f"{PEER}, best": 1, f"{PEER}, default": 7}  # and their colours in the plot
+SYSTEMS = {OURS: 0, f"{PEER}, best": 1, f"{PEER}, default": 7}  # and its colour in the plot
 PAGE = """{% from "macros.html.jinja" import charts, table %}
 <!doctype html>
 <html lang="en">
@@ -136,7 +136,7 @@ def best_of(figures: list[Figure], part: str, unit: str) -> Figure | None:
 
 
 def plot(figures: list[Figure]) -> Chart | None:
-    """Return a chart of the MFU of each part: ours, and that of sentence-transformers at its best and its default."""
+    """Return a chart of MFU by part: ours, and sentence-transformers with its best and its default settings."""
     rows = []
     for part in dict.fromkeys(figure.part for figure in figures if figure.mfu):
         rows.append((part, list(_dots(figures, part))))

@@ -1,4 +1,4 @@
-"""Memory and time of GradCache: python -m experiments.bench.grad_cache --help"""
+"""Measure memory and time of GradCache: python -m experiments.bench.grad_cache --help"""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from lightning_modules.throughput import synchronize
 
 @dataclass(kw_only=True)
 class GradCacheOptions:
-    """Compare a step on a large batch with GradCache to a plain step on a small batch.
+    """Compare a GradCache step on a large batch with a plain step on a small batch.
 
     The default sizes are those of MiniLM. A step is forward, backward, clipping and AdamW. The small batch is one
-    chunk, and the large batch has chunks of the same size. Memory is the peak of two steps minus that of the model, in
-    a new process: resident memory on the CPU, allocated memory on a GPU. Time is per pair; small steps run before and
-    after each large one.
+    chunk, and the large batch has chunks of the same size. Memory is the peak of two steps in a new process, without
+    the model: resident memory on a CPU, allocated memory on a GPU. Time is per pair. Small steps run before and after
+    each large one.
     """
 
-    pairs: int = option(1024, "pairs of the large batch", minimum=1)
-    small: int = option(64, "pairs of the small batch", minimum=1)
-    tokens: int = option(128, "tokens of a text", minimum=1)
-    layers: int = option(6, "layers of the encoder", minimum=1)
+    pairs: int = option(1024, "number of pairs in the large batch", minimum=1)
+    small: int = option(64, "number of pairs in the small batch", minimum=1)
+    tokens: int = option(128, "number of tokens per text", minimum=1)
+    layers: int = option(6, "number of layers of the encoder", minimum=1)
     hidden: int = option(384, "hidden size of the encoder", minimum=1)
     rounds: int = option(1, "number of large steps to time", minimum=1)
     device: str = option("auto", DEVICES)
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def peak_memory(options: GradCacheOptions, pairs: int, cache: bool) -> float:
-    """Return the peak memory of two steps minus that of the model, in GB."""
+    """Return the peak memory of two steps without the model, in GB."""
     step, memory = step_of(options, pairs, cache), Memory(torch.device(options.device))
     model = memory.now()
     step(), step()
@@ -83,7 +83,7 @@ def seconds_per_pair(options: GradCacheOptions) -> tuple[float, float]:
 
 
 def step_of(options: GradCacheOptions, pairs: int, cache: bool) -> Run:
-    """Return a function that runs one training step, to its end."""
+    """Return a function that runs one training step and waits for it to finish."""
     encoder = SharedEncoder(*backbone_of(vars(options), VOCABULARY - 5), {"search": "search"}, pooling="mean")
     budget = 2 * options.small * options.tokens  # chunks as large as the small batch
     batch = random_pairs("search", pairs, options.tokens, budget).to(options.device)

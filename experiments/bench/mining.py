@@ -35,7 +35,7 @@ class BenchOptions:
     """Measure time and memory of mining from vectors, without encoding.
 
     The vectors are random, in clusters. Each query is in a cluster of documents, three of which are its positives.
-    Memory is the increase of the peak, not counting vectors and texts.
+    Memory is the rise of the peak, without vectors and texts.
     """
 
     documents: int = option(200_000, "number of documents", minimum=1)
@@ -50,7 +50,7 @@ class BenchOptions:
 
 
 class RandomVectors:
-    """Fake VectorCache with given vectors of the pool's documents and queries."""
+    """A stand-in for VectorCache that returns given vectors of the pool's documents and queries."""
 
     def __init__(self, pool: MiningPool, documents: Shards, queries: Shards, device: torch.device):
         self.encoder = SimpleNamespace(device=device, similarity="cosine", document_task=lambda task: task)
@@ -86,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
 def random_vectors(
     num_documents: int, num_queries: int, dimension: int, clusters: int, device: torch.device
 ) -> RandomVectors:
-    """Return vectors in clusters, with a pool to mine."""
+    """Return clustered vectors, and a pool to mine."""
     rng = np.random.default_rng(0)
     centres = 2 * rng.standard_normal((clusters, dimension), dtype=np.float32)
     document_clusters = rng.integers(0, clusters, num_documents)

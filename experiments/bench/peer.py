@@ -1,4 +1,4 @@
-"""sentence-transformers on the workload: the same weights, texts, precision and optimizer. Version 5 or newer."""
+"""Run sentence-transformers (version 5 or newer) with the same weights, texts, precision and optimizer as ours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_modules.encoders.export import save_dense
 
 PEER = "sentence-transformers"
 DEFAULT_BATCH = 32  # default batch size of its encode()
-LOSSES = ("sentence_transformers.sentence_transformer.losses", "sentence_transformers.losses")  # since 6.2, and before
+LOSSES = ("sentence_transformers.sentence_transformer.losses", "sentence_transformers.losses")  # since 6.2; before
 
 
 def peer_version() -> str | None:
@@ -41,7 +41,7 @@ class Peer:
         self.workload, self.attention = workload, attention
 
     def model(self, dtype: torch.dtype, dropout: float = 0.0) -> Any:
-        """Load the model. dropout: rate of hidden states and of attention weights."""
+        """Load the model. dropout: rate for hidden states and attention weights."""
         from sentence_transformers import SentenceTransformer
 
         quiet_transformers()
@@ -76,7 +76,7 @@ class Peer:
         return {k: v.to(self.workload.device) if isinstance(v, torch.Tensor) else v for k, v in features.items()}
 
     def sorted_batches(self, texts: Sequence[str], batch_size: int) -> list[dict[str, Any]]:
-        """Return texts as batches on the device, sorted by length as in encode."""
+        """Return texts as batches on the device, sorted by length, as encode() does."""
         ordered = sorted(texts, key=len)
         starts = range(0, len(ordered), batch_size)
         return [self.features(self.encoder, ordered[start : start + batch_size]) for start in starts]
@@ -86,7 +86,7 @@ class Peer:
     ) -> Callable[[], None]:
         """Return a function that takes a training step with MultipleNegativesRankingLoss.
 
-        Texts are tokenised before. mini_batch: size of the chunks of its GradCache; 0: without it.
+        Texts are tokenised beforehand. mini_batch: chunk size of its GradCache; 0: no GradCache.
         """
         workload, model = self.workload, self.model(torch.float32, dropout).train()
         module = losses()

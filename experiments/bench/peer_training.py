@@ -34,13 +34,13 @@ log = logging.getLogger(__name__)
 class BenchOptions(ExperimentOptions):
     """Train sentence-transformers on the pairs of an experiment.
 
-    It starts from the experiment's weights, and trains with its multi-dataset trainer, one data set per task in turns,
-    on the pairs of the experiment's batches, with the same batch size, steps, learning rate and warmup. Batches have no
-    duplicates. The experiment must be one without experts, such as vanilla.
+    It starts from the experiment's weights, and trains on the same pairs with the same batch size, number of steps,
+    learning rate and warmup. Its multi-dataset trainer takes the tasks in turns, one data set per task. Batches have no
+    duplicates. The experiment must not have experts; vanilla works.
     """
 
-    output: Path = option(help="new folder of the model, in the format of sentence-transformers")
-    guide: str | None = option(None, "guide model of GISTEmbedLoss, instead of MultipleNegativesRankingLoss")
+    output: Path = option(help="new folder for the model, in the format of sentence-transformers")
+    guide: str | None = option(None, "guide model: train with GISTEmbedLoss instead of MultipleNegativesRankingLoss")
     device: str = option("auto", DEVICES)
 
 

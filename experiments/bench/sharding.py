@@ -1,4 +1,4 @@
-"""Memory and time of a sharded encoder: python -m experiments.bench.sharding --help"""
+"""Measure memory and time of a sharded encoder: python -m experiments.bench.sharding --help"""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ STRATEGIES = ("ddp", "fsdp", "fsdp, GradCache")
 
 @dataclass(kw_only=True)
 class ShardingOptions:
-    """Compare a training step of a sharded encoder (trainer.strategy=fsdp) to one under DDP.
+    """Compare a training step of a sharded encoder (trainer.strategy=fsdp) with a step under DDP.
 
     The default sizes are those of BERT-base, with experts in the attention of every second layer. Each rank has two
-    chunks. Ranks are processes on the CPU (gloo), or one per GPU (NCCL). The sizes are those of a rank's tensors after
-    a step. The peak is that of two steps: on a GPU, of allocated memory; on the CPU, of the growth of the process.
+    chunks. Ranks are processes on the CPU (gloo), or one per GPU (NCCL). Sizes are measured on a rank's tensors after a
+    step. The peak is over two steps: of allocated memory on a GPU, of the growth of the process on a CPU.
     """
 
     ranks: int = option(2, "number of ranks", minimum=1)
     experts: int = option(3, "number of experts", minimum=1)
-    layers: int = option(12, "layers of the encoder", minimum=1)
+    layers: int = option(12, "number of layers of the encoder", minimum=1)
     hidden: int = option(768, "hidden size of the encoder", minimum=1)
-    pairs: int = option(8, "pairs of texts on each rank", minimum=1)
-    tokens: int = option(64, "tokens of a text", minimum=1)
+    pairs: int = option(8, "number of pairs on each rank", minimum=1)
+    tokens: int = option(64, "number of tokens per text", minimum=1)
     rounds: int = option(3, "number of steps to time", minimum=1)
-    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: GPUs if there are any, one for each rank")
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: GPUs if there are any, one per rank")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -93,7 +93,7 @@ def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) 
         step = nn.parallel.DistributedDataParallel(step, device_ids=ids, find_unused_parameters=True)
     else:
         shard(encoder, device)
-    optimizer, budget = module.configure_optimizers()["optimizer"], options.pairs * options.tokens  # two chunks
+    optimizer, budget = module.configure_optimizers()["optimizer"], options.pairs * options.tokens  # gives two chunks
     batch = random_pairs("task0", options.pairs, options.tokens, budget, seed=rank).to(device)
 
     def take() -> None:
@@ -119,7 +119,7 @@ def measure_rank(rank: int, port: int, strategy: str, options: ShardingOptions) 
 
 
 class _Step(nn.Module):
-    """A module whose forward is the training step, as Lightning passes it to DDP."""
+    """A module that wraps a training step as its forward, as Lightning does for DDP."""
 
     def __init__(self, module: ContrastiveModule):
         super().__init__()

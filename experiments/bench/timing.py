@@ -1,4 +1,4 @@
-"""Helpers of the benchmarks: random models and texts, training steps, times and memory."""
+"""Helpers for the benchmarks: random models and texts, training steps, times and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import SPECIAL_TOKENS, random_backbone
 from lightning_modules.encoders.base import Encoder
 
-VOCABULARY = 30_522  # number of tokens of BERT
+VOCABULARY = 30_522  # size of BERT's vocabulary
 DEVICES = "auto (a GPU if there is one), cpu, cuda or cuda:N"  # help of the option device
 T = TypeVar("T")
 Run = Callable[[], object]
@@ -33,7 +33,7 @@ Run = Callable[[], object]
 def backbone_of(size: Mapping[str, int], num_words: int = 1000) -> tuple[nn.Module, BertTokenizer]:
     """Return a random BERT and its tokenizer, whose words are t0, t1, ...
 
-    size: "layers" and "hidden".
+    size: dict with "layers" and "hidden".
     """
     torch.manual_seed(0)
     vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *(f"t{i}" for i in range(num_words))])}
@@ -47,7 +47,7 @@ def backbone_of(size: Mapping[str, int], num_words: int = 1000) -> tuple[nn.Modu
 
 
 def tasks_of(count: int) -> dict[str, str]:
-    """Return tasks that each have an expert of their own."""
+    """Return tasks, each with its own expert."""
     return {f"task{i}": f"expert{i}" for i in range(count)}
 
 
@@ -60,9 +60,9 @@ def random_pairs(task: str, pairs: int, tokens: int, token_budget: int, seed: in
 def batch_of(
     task: str, texts: Sequence[np.ndarray], pairs: int, token_budget: int, hard_negatives: int = 0, number: int = 0
 ) -> ContrastiveBatch:
-    """Return a batch of the first texts as queries, the next as their positives, and the next as hard negatives.
+    """Return a batch: the first texts are the queries, then come their positives, then hard negatives.
 
-    texts: token ids. number: number of the batch, the seed of its dropout.
+    texts: token ids. number: number of the batch, which seeds its dropout.
     """
     examples = [Example(i, (pairs + i,), (1,), (2 * pairs + i,) * hard_negatives, (pairs + i,)) for i in range(pairs)]
     budgets = {"token_budget": token_budget, "num_hard_negatives": hard_negatives}
@@ -104,7 +104,7 @@ def seconds(function: Run) -> float:
 
 
 def time_ratio(function: Run, base: Run, rounds: int) -> float:
-    """Return the median ratio of the times of two functions. Each runs first in every other round."""
+    """Return the median ratio of the times of two functions, which take turns in running first."""
     function(), base()  # warm up
     ratios = []
     for i in range(rounds):
@@ -114,6 +114,6 @@ def time_ratio(function: Run, base: Run, rounds: int) -> float:
 
 
 def in_new_process(function: Callable[..., T], *arguments: object) -> T:
-    """Call a function in a new process, so that its memory does not include earlier calls."""
+    """Call a function in a new process, whose memory is free of earlier calls."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()

@@ -40,13 +40,13 @@ SETUPS = {
 class TrackingOptions:
     """Measure how much W&B slows down training, in wall-clock time and in CPU time of the training thread.
 
-    One process trains throughout. It takes turns between logging to metrics.jsonl only, to W&B offline, and to W&B
-    online with a server that refuses connections or never answers, so other load on the machine affects all alike.
+    One process trains throughout, and switches between the setups in turn, so that other load on the machine affects
+    all alike: metrics.jsonl only, W&B offline, and W&B online with a server that refuses connections or never answers.
     """
 
-    rounds: int = option(10, "number of rounds; a ratio is their median", minimum=1)
-    steps: int = option(100, "steps of each setup in a round", minimum=1)
-    every: int = option(20, "steps between two logged rows", minimum=1)
+    rounds: int = option(10, "number of rounds; ratios are medians over rounds", minimum=1)
+    steps: int = option(100, "number of steps of each setup per round", minimum=1)
+    every: int = option(20, "number of steps between two logged rows", minimum=1)
     device: str = option("auto", DEVICES)
 
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
             folder.mkdir()
             os.environ["WANDB_BASE_URL"] = urls.get(setup, "http://127.0.0.1:9")
             loggers[setup] = build_loggers(load_config("moe", [*overrides, "wandb.finish_timeout=1"]), folder)
-            measure(training, loggers[setup], 0, options)  # W&B starts, and the machine warms up
+            measure(training, loggers[setup], 0, options)  # lets W&B start and the machine warm up
         times: dict[str, list[np.ndarray]] = {setup: [] for setup in SETUPS}
         for number in range(1, options.rounds + 1):
             first = number % len(SETUPS)
@@ -119,7 +119,7 @@ def report(times: dict[str, list[np.ndarray]], options: TrackingOptions) -> None
     log.info("%d steps, a row every %d: %.2f s with metrics.jsonl", options.steps, options.every, median)
     for setup in [*SETUPS][1:]:
         wall, thread = 100 * np.median(times[setup] / base, axis=0) - 100
-        log.info("W&B, %s: %+.1f %% time, %+.1f %% CPU time of the thread", setup, wall, thread)
+        log.info("W&B, %s: %+.1f %% time, %+.1f %% CPU time of the training thread", setup, wall, thread)
 
 
 if __name__ == "__main__":

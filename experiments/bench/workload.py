@@ -30,16 +30,16 @@ from lightning_modules.retrieval.compute import computing_in, default_token_budg
 from lightning_modules.throughput import computing_dtype, synchronize
 
 TASK, OTHER_TASKS = "search", ("classification", "link_prediction")
-INSTRUCTION = "find a paper that a reader of this paper will want to read next"  # about as long as the paper's
+INSTRUCTION = "find a paper that a reader of this paper will want to read next"  # as long as the paper's instructions
 KINDS = ("Vanilla", "MoE", "instruct")
 SHAPES: dict[str, dict[str, int]] = {
     "bert-base": {},  # the defaults of transformers
     "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256},
 }
-NUM_WORDS, NUM_SUFFIXES = 28_000, 2465  # special tokens and letters make them BERT's 30,522
-SPLIT_WORDS = 0.2  # share of the words that have two pieces
-SPREAD = 0.43  # deviation of log(length): the 90th percentile of titles with abstracts is 1.74 times the median
+NUM_WORDS, NUM_SUFFIXES = 28_000, 2465  # with special tokens and letters, BERT's 30,522
+SPLIT_WORDS = 0.2  # share of words that split into two tokens
+SPREAD = 0.43  # standard deviation of log(length); titles with abstracts: 90th percentile = 1.74 * median
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Workload:
     queries: number of queries in a training batch, each with a positive and a hard negative.
     cached_pairs: number of pairs in a batch with GradCache.
     vectors: number of documents to search.
-    seconds: minimum time for a figure; the result is the median of the runs in this time.
+    seconds: minimum time per figure, which is the median of all runs in this time.
     folder: empty folder for files.
     """
 
@@ -87,7 +87,7 @@ class Workload:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the matrix products."""
+        """Dtype of the matrix products."""
         return computing_dtype(self.precision)
 
     def computing(self) -> AbstractContextManager:
@@ -95,7 +95,7 @@ class Workload:
         return computing_in(self.precision, self.device)
 
     def encoder(self, kind: str = "Vanilla") -> Encoder:
-        """Return the encoder of a kind, with random weights and no dropout. Calls with the same kind share it."""
+        """Return the encoder of a kind, with random weights and no dropout. It is built once per kind."""
         if kind not in self._encoders:
             self._encoders[kind] = self.new_encoder(kind)
             set_dropout(self._encoders[kind].backbone, 0.0, 0.0)
@@ -129,9 +129,9 @@ class Workload:
         return training_step(encoder, batches, self.computing, grad_cache)
 
     def median_seconds(self, run: Callable[[], Any], warm_up: Callable[[], Any] | None = None, most: int = 50) -> float:
-        """Return the median time of a function, which is called repeatedly for `seconds`, but at most `most` times.
+        """Call a function for `seconds`, at most `most` times, and return its median time.
 
-        warm_up: function to call first; by default, the function itself.
+        warm_up: function to call first, by default the function itself.
         """
         (warm_up or run)()
         times: list[float] = []
@@ -156,7 +156,7 @@ def wrapped(kind: str, backbone: torch.nn.Module, tokenizer: Any, pooling: str, 
 
 
 def synthetic_tokenizer() -> BertTokenizer:
-    """Return a WordPiece tokenizer with as many tokens as BERT's: random words, and suffixes of words."""
+    """Return a WordPiece tokenizer with as many tokens as BERT's: random words and suffixes."""
     rng, letters = random.Random(0), string.ascii_lowercase
 
     def strings(count: int, shortest: int, longest: int) -> list[str]:
@@ -172,7 +172,7 @@ def synthetic_tokenizer() -> BertTokenizer:
 def synthetic_documents(count: int, mean: float, max_length: int, tokenizer: BertTokenizer) -> list[Document]:
     """Return papers whose lengths are distributed like those of real titles with abstracts.
 
-    mean: mean number of tokens after truncation to max_length. Raises UserError if it is out of reach.
+    mean: mean number of tokens after truncation to max_length. Raises UserError if this mean is impossible.
     """
     if not 8 <= mean < max_length:
         raise UserError(f"tokens: expected at least 8 and less than max_length ({max_length}), got {mean:g}")
@@ -187,7 +187,7 @@ def synthetic_documents(count: int, mean: float, max_length: int, tokenizer: Ber
 
 
 def _lengths(count: int, mean: float, max_length: int, rng: np.random.Generator) -> np.ndarray:
-    """Draw log-normal lengths whose mean is `mean` after they are cut at max_length, (count,)."""
+    """Draw log-normal lengths, (count,). Their mean is `mean` after truncation to max_length."""
     lengths, low, high = np.exp(SPREAD * rng.standard_normal(count)), 0.0, 100.0 * max_length
     for _ in range(60):
         scale = (low + high) / 2
@@ -199,7 +199,7 @@ def _lengths(count: int, mean: float, max_length: int, rng: np.random.Generator)
 
 
 def _document(number: int, length: int, words: list[str], suffixes: list[str], rng: np.random.Generator) -> Document:
-    """Make a document of `length` tokens, counting [CLS] and two [SEP]. Frequent words are drawn as in Zipf's law."""
+    """Make a document of `length` tokens, counting [CLS] and two [SEP]. Words are drawn according to Zipf's law."""
     drawn = rng.zipf(1.2, length) % len(words)
     is_split = rng.random(length) < SPLIT_WORDS
     last = int(np.searchsorted(np.cumsum(1 + is_split), length - 3, side="right"))
