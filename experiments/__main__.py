@@ -1,6 +1,6 @@
-"""The command scimult: each of its commands is a module of experiments, which runs as with `python -m`.
+"""The command scimult: each of its subcommands runs a module of experiments, as `python -m` would.
 
-No command is imported before it runs: many take seconds to import, and training catches signals before that.
+A command is only imported when it runs: many take seconds to import, and training must catch signals before that.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
-    """Run a command in this process, as `python -m` would. arguments: its arguments, also in the form for make."""
+    """Run a command in this process, as `python -m` would. Arguments may have make's form."""
     module = f"experiments.{MODULES.get(name, name)}"
     arguments = from_make(name, arguments)
     if name == "bench":
@@ -74,7 +74,7 @@ def run(name: str, arguments: Sequence[str]) -> None:
 
 
 def from_make(name: str, arguments: Sequence[str]) -> list[str]:
-    """Return arguments with the variables of make as the first argument or as keys. make slurm has keys like them."""
+    """Turn variables of make, such as EXP=moe, into the first argument or keys, except keys of slurm's own."""
     first, rest = [], []
     for argument in arguments:
         key, equals, value = argument.partition("=")
@@ -102,7 +102,7 @@ def commands() -> dict[str, str]:
 
 
 def benches() -> list[str]:
-    """Return the programs of `scimult bench`. The other modules in their folder are parts of them."""
+    """Return the programs of `scimult bench`. The other modules in the folder are their helpers."""
     texts = {path.stem: path.read_text(encoding="utf-8") for path in (FOLDER / "bench").glob("*.py")}
     return sorted(name for name, text in texts.items() if "entry_point(main)" in text)
 

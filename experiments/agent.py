@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def run_agent(sweep_id: str, count: int | None) -> int:
-    """Run W&B's agent on the first rank, and its trials on the others. Returns the exit status."""
+    """Run W&B's agent on the first rank, and the trials it gets on the other ranks. Returns the exit status."""
     is_shared = launch.under_srun() and launch.num_tasks() > 1
     attempt = f"{launch.slurm_job()}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     folder = ROOT / "runs" / ".agents" / attempt

@@ -33,7 +33,7 @@ class AuditOptions(ExperimentOptions):
 
     beir: tuple[str, ...] = option((), "further evaluations: folders in BEIR layout or with JSON lines")
     output: Path | None = option(None, "JSON file for the report; by default, audits/<experiment>-<scale>-<hash>.json")
-    examples: int = option(5, "number of leaks to show per set and way of comparing", minimum=0, maximum=EXAMPLES)
+    examples: int = option(5, "number of leaks to show per set and matching method", minimum=0, maximum=EXAMPLES)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -46,35 +46,35 @@ EXAMPLES = 3
 class CompareOptions:
     """Compare two systems query by query, or a joint model with one model per task (Delta_MTL).
 
-    The interval is from a paired bootstrap over queries, and with several seeds over queries and seeds. p is from a
-    paired randomisation test over queries, whose values are first averaged over the seeds, and corrected for the number
-    of benchmarks (Holm). Benchmarks with different protocols, data, splits or tasks are left out, with the reason.
+    The interval comes from a paired bootstrap over queries, or over queries and seeds if there are several seeds. p
+    comes from a paired randomisation test over queries, after averaging over seeds, and is corrected for the number of
+    benchmarks (Holm). Benchmarks whose protocols, data, splits or tasks differ are left out, and the reason is shown.
 
-    With single=..., the gain of A over the model of each task is relative to that model's value. Delta_MTL is the mean
-    over tasks.
+    With single=..., the gain of A on each task is relative to the value of that task's single-task model. Delta_MTL is
+    the mean over tasks.
     """
 
     A: tuple[str, ...] = option(
-        help="run folder or output of make eval, such as A=runs/RUN; FOLDER:SYSTEM selects a system, by default the "
-        "trained encoder; several, separated by commas, are seeds of one system"
+        help="run folder or output of make eval, such as A=runs/RUN; FOLDER:SYSTEM selects a "
+        "system (default: the trained encoder); separate the seeds of a system by commas"
     )
-    B: tuple[str, ...] = option((), "the system to compare with, such as B=runs/RUN:bm25; or set single")
+    B: tuple[str, ...] = option((), "system to compare with, such as B=runs/RUN:bm25; or set single")
     single: tuple[str, ...] = option(
         (),
         "TASK:FOLDER of the single-task models to compare the joint model A with, such as "
-        "single=classification:runs/C,search:runs/S; several of one task are its seeds",
+        "single=classification:runs/C,search:runs/S; several folders of one task are its seeds",
     )
-    lower_is_better: bool = option(False, "with single: lower values of the metric are better")
+    lower_is_better: bool = option(False, "whether lower values of the metric are better (only with single)")
     metric: str | None = option(None, "metric to compare, by default the main metric of each benchmark")
     benchmark: tuple[str, ...] = option((), "benchmarks, by default all on which both systems were evaluated")
     output: Path | None = option(None, "folder for compare.json, by default a new folder in comparisons/")
-    level: float = option(0.95, "level of the confidence interval, and for marking differences", minimum=0.5, below=1)
-    draws: int = option(10_000, "number of draws in the bootstrap and in the randomisation test", minimum=1)
+    level: float = option(0.95, "confidence level of the interval, and of the marked differences", minimum=0.5, below=1)
+    draws: int = option(10_000, "number of draws for the bootstrap and the randomisation test", minimum=1)
     seed: int = option(0, "seed for the draws", minimum=0)
     examples: int | None = option(
         None,
-        f"number of queries to show for each side, largest differences first; by default {EXAMPLES} where a difference "
-        "is marked",
+        f"number of queries to show in favour of each side, largest differences first; by default {EXAMPLES} if the "
+        f"difference is marked",
         minimum=0,
     )
     format: Format = format_option()
@@ -115,7 +115,9 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check(options: CompareOptions) -> None:
     if not options.B and not options.single:
-        raise UserError("B: required, the system to compare with, such as B=runs/RUN:bm25, or single=TASK:FOLDER,...")
+        raise UserError(
+            "B: required; name the system to compare with, such as B=runs/RUN:bm25, or set single=TASK:FOLDER,..."
+        )
     if options.B and options.single:
         raise UserError("B and single: set only one of them")
     if options.single and options.examples is not None:
@@ -136,7 +138,7 @@ def _write(
 
 
 def _compare(a: Sequence[MeasuredSystem], b: Sequence[MeasuredSystem], options: CompareOptions) -> dict[str, Any]:
-    """Return the content of compare.json: the comparison on each benchmark, and why others are left out."""
+    """Return the content of compare.json: the comparison on each benchmark, and why benchmarks were left out."""
     measured = dict.fromkeys(name for system in (*a, *b) for name in system.benchmarks)
     compared, left_out = {}, {}
     for name in chosen_benchmarks(options.benchmark, measured):
@@ -182,7 +184,7 @@ def _compare_on(
 
 
 def _show(content: Mapping[str, Any], format: Format, always_examples: bool) -> None:
-    """Print the content of a compare.json. always_examples: show queries even if the difference is not marked."""
+    """Print the content of a compare.json. always_examples: show queries even if a difference is not marked."""
     level, compared = content["level"], content["benchmarks"]
     sides = {side: ", ".join(content[side]) for side in ("A", "B")}
     note = say if format == "table" else log.info
@@ -231,7 +233,7 @@ def _table(compared: Mapping[str, Any], marked: Collection[str], level: float) -
 
 
 def _group_by_reason(left_out: Mapping[str, str]) -> list[str]:
-    """Return a line for each reason, with its benchmarks."""
+    """Return one line per reason, with its benchmarks."""
     names: dict[str, list[str]] = {}
     for name, reason in left_out.items():
         names.setdefault(reason, []).append(name)

@@ -37,7 +37,7 @@ from experiments.shared.table_formats import Column, Table, print_table
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # version of the output folders; raising it builds all of them again
+FORMAT = 1  # version of the output folders; raise it to rebuild all of them
 STAMP = "built.json"  # fingerprint of what a folder was built from, and its counts
 TOLERANCE = 0.02  # relative difference from published counts that needs no explanation
 
@@ -46,16 +46,16 @@ TOLERANCE = 0.02  # relative difference from published counts that needs no expl
 class DataOptions:
     """Build training data from public downloads, by a recipe.
 
-    Finished steps are not repeated: an interrupted command resumes, and a complete one does nothing. Keys of the recipe
-    can be changed too: outputs.NAME.reader.ARGUMENT=VALUE, sources.NAME.url=URL and so on.
+    Finished steps are not repeated: an interrupted command resumes, and a complete one does nothing. You can also
+    change keys of the recipe, such as outputs.NAME.reader.ARGUMENT=VALUE or sources.NAME.url=URL.
     """
 
     recipe: str = option("", f"name of a recipe ({', '.join(recipes())}), or path of a YAML file", positional=True)
-    root: Path = option(Path("data"), "folder for all data; pass it to make train as data.root too", key="data.root")
-    mirror: str = option("", "URL under which SOURCE/FILE are found, instead of the URLs of the recipe")
-    only: tuple[str, ...] = option((), "folders to build; by default all")
+    root: Path = option(Path("data"), "folder for all data; pass the same data.root to make train", key="data.root")
+    mirror: str = option("", "URL that has SOURCE/FILE, instead of the URLs of the recipe")
+    only: tuple[str, ...] = option((), "folders to build, by default all")
     on_error: Literal["fail", "skip"] = option(
-        "fail", "stop at a bad line, or save bad lines in ROOT/NAME.quarantine.jsonl", key="data.on_error"
+        "fail", "what to do with a bad line: stop, or save it in ROOT/NAME.quarantine.jsonl", key="data.on_error"
     )
 
 
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
 
 def _check(options: DataOptions) -> None:
     if not options.recipe:
-        raise UserError(f"recipe: required, a name ({', '.join(recipes())}) or a YAML file")
+        raise UserError(f"recipe: required; expected a name ({', '.join(recipes())}) or a YAML file")
     if options.mirror:
         try:
             check_url("mirror", options.mirror)
@@ -94,7 +94,7 @@ def _check(options: DataOptions) -> None:
 
 @contextmanager
 def _locked(root: Path) -> Iterator[None]:
-    """Let only one command at a time build in a folder."""
+    """Allow only one command at a time to build in a folder."""
     with explained(f"data.root: {root} cannot be written"):
         root.mkdir(parents=True, exist_ok=True)
         lock = lock_file(root / ".lock", wait=False)
@@ -106,7 +106,7 @@ def _locked(root: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Output:
-    """A folder in BEIR layout, and the sources it is built from. missing: optional sources that are not available."""
+    """A folder in BEIR layout, and the sources to build it from. missing: optional sources that are not available."""
 
     folder: Path
     spec: OutputSpec
@@ -140,7 +140,9 @@ class Output:
         """Fetch the sources, read them and write the folder. Raises UserError."""
         name = self.folder.name
         if self.folder.exists() and any(self.folder.iterdir()) and not (self.folder / STAMP).exists():
-            raise UserError(f"{self.folder}: exists, but no recipe built it; move it, or set another data.root")
+            raise UserError(
+                f"{self.folder}: already exists, but was not built by a recipe; move it, or set another data.root"
+            )
         for source in self.needed:
             self.sources.fetch(source)
         for source in self.missing:
@@ -162,7 +164,7 @@ class Output:
 
 
 def _check_available(sources: Sources, outputs: Sequence[Output]) -> None:
-    """Raise UserError if files must be placed by hand, before anything is downloaded."""
+    """Raise UserError before any download if files must be placed by hand."""
     names = sorted({name for output in outputs for name in output.needed})
     instructions = [sources.instructions(name) for name in names if sources.must_be_placed(name)]
     if instructions:
@@ -172,7 +174,7 @@ def _check_available(sources: Sources, outputs: Sequence[Output]) -> None:
 def merge_splits(collection: Collection, splits: Mapping[str, Sequence[str]], name: str) -> Collection:
     """Merge splits of a collection. If a pair is repeated, its highest grade counts.
 
-    splits: old splits that make up each new split. If empty, the collection is returned unchanged.
+    splits: new split -> old splits that make it up. If empty, the collection is returned unchanged.
     name: name of the output, for errors.
     """
     if not splits:
@@ -180,7 +182,7 @@ def merge_splits(collection: Collection, splits: Mapping[str, Sequence[str]], na
     qrels: dict[str, dict[str, dict[str, int]]] = {}
     for split, parts in splits.items():
         if not parts:
-            raise UserError(f"outputs.{name}.splits.{split}: expected splits of the reader, got none")
+            raise UserError(f"outputs.{name}.splits.{split}: expected splits of the reader, got an empty list")
         merged = qrels.setdefault(split, {})
         for part in parts:
             if part not in collection.qrels:
@@ -202,7 +204,7 @@ def count(collection: Collection) -> dict[str, int]:
 
 
 def _report(root: Path, recipe: Recipe, outputs: Sequence[Output]) -> None:
-    """Print the counts next to the published ones, and explain the differences."""
+    """Print the counts and the published counts, and explain the differences."""
     table = Table([Column("folder"), *(Column(kind, ",d") for kind in COUNTS)], f"training data in {root}")
     stamps = [(output, output.stamp()) for output in outputs]
     for output, stamp in stamps:
@@ -218,14 +220,14 @@ def _report(root: Path, recipe: Recipe, outputs: Sequence[Output]) -> None:
 
 
 def _published(counted: int, expected: int | None) -> str:
-    """Return a published count, and the relative difference from it."""
+    """Return a published count with our relative difference from it."""
     if expected is None:
         return ""
     return f"{expected:,} ({counted / expected - 1:+.1%})" if expected else "0"
 
 
 def _verdict(spec: OutputSpec, stamp: Mapping[str, Any]) -> str:
-    """Return whether the counts are as published and what explains a difference, in words."""
+    """Say whether the counts match the published ones, and why they may differ."""
     expected = {kind: spec.expected[kind] for kind in COUNTS if kind in spec.expected}
     different = [kind for kind, value in expected.items() if abs(stamp["counts"][kind] - value) > TOLERANCE * value]
     sentences = []

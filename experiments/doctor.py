@@ -1,10 +1,10 @@
 """Check the installation: python -m experiments.doctor [network=yes]
 
-Prints one line per check: ok, note (works, but could be better) or problem (training cannot run), and how to fix it.
+Prints one line per check: ok, note (works, but could be better) or problem (training cannot run), with a fix.
 Exits with status 1 if there is a problem. network=yes also checks whether the Hugging Face hub and W&B can be reached;
 without it, nothing is sent.
 
-Other packages are imported inside the checks, so that this also runs if the installation is broken.
+Other packages are imported inside the checks, so that the command works even if the installation is broken.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from experiments.shared.plain import say
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 GIGABYTE = 1 << 30
-WORTHWHILE = 1.3  # speed-up of a matrix product above which bf16 makes up for its conversions
+WORTHWHILE = 1.3  # above this speed-up of a matrix product, bf16 makes up for its conversions
 REQUIRED = ("torch", "lightning", "transformers", "torchmetrics", "omegaconf", "numpy", "rich", "pyarrow", "yaml")
 
 
@@ -79,7 +79,9 @@ def imported(name: str) -> ModuleType | None:
 def python() -> Iterator[Line]:
     finding = f"{platform.python_version()}, {sys.executable}, {platform.platform()}"
     if sys.version_info < (3, 11):  # noqa: UP036 (this is the check)
-        yield Line(PROBLEM, "Python", finding, "3.11 or newer is needed: rm -r .venv, make install PYTHON=python3.11")
+        yield Line(
+            PROBLEM, "Python", finding, "3.11 or newer is needed: rm -r .venv, then make install PYTHON=python3.11"
+        )
     elif sys.prefix == sys.base_prefix:
         yield Line(NOTE, "Python", finding, "no virtual environment: make install")
     else:
@@ -100,7 +102,7 @@ def processor() -> Iterator[Line]:
         finding += f", {os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / GIGABYTE:.0f} GB of memory"
     if torch is not None and threads < cores // 2:
         setting = os.environ.get("OMP_NUM_THREADS", "unset")
-        yield Line(NOTE, "processor", finding, f"unset OMP_NUM_THREADS (now {setting}) if one process trains")
+        yield Line(NOTE, "processor", finding, f"unset OMP_NUM_THREADS (now {setting}) if only one process trains")
     else:
         yield Line(OK, "processor", finding)
     if torch is not None and not torch.cuda.is_available():
@@ -148,9 +150,13 @@ def faiss() -> Iterator[Line]:
     module = imported("faiss")
     if len(packages) > 1:
         state = PROBLEM if module is None else NOTE
-        yield Line(state, "faiss", f"{names} overwrite each other", "pip uninstall both, then make install EXTRAS=cpu")
+        yield Line(
+            state, "faiss", f"{names} overwrite each other", "pip uninstall both, then run make install EXTRAS=cpu"
+        )
     elif module is None and packages:
-        yield Line(PROBLEM, "faiss", f"{names} cannot be imported", "pip uninstall it, then make install EXTRAS=cpu")
+        yield Line(
+            PROBLEM, "faiss", f"{names} cannot be imported", "pip uninstall it, then run make install EXTRAS=cpu"
+        )
     elif module is None:
         yield Line(NOTE, "faiss", "not installed: make index will not run", "make install EXTRAS=cpu, or gpu")
     else:
@@ -239,7 +245,7 @@ def network() -> Iterator[Line]:
         except urllib.error.HTTPError:
             pass  # an error status is also an answer
         except (OSError, ValueError):
-            fix = "compute nodes often have no network: download the backbone beforehand; W&B goes offline itself"
+            fix = "compute nodes often have no network: download the backbone beforehand; W&B goes offline by itself"
             line = Line(NOTE, f"{name}, network", f"{url} cannot be reached", fix)
         yield line
 

@@ -49,13 +49,13 @@ from lightning_modules.throughput import (
 
 log = logging.getLogger(__name__)
 
-WARM_UP, MEASURED = 2, 6  # batches per task
-TEXTS = 256  # texts to encode from each corpus and from its queries
-MEMORY = {  # part of a rank's memory -> how it is known
+WARM_UP, MEASURED = 2, 6  # number of batches per task
+TEXTS = 256  # number of documents, and of queries, to encode per corpus
+MEMORY = {  # part of a rank's memory -> where the figure comes from
     "weights": "computed",
-    "gradients": "computed, for the task with the most",
+    "gradients": "computed, for the task with the largest",
     "optimizer": "computed",
-    "process": "measured: Python, libraries, data; on a GPU, other memory",
+    "process": "measured: Python, libraries, data; on a GPU, all other memory",
     "activations": "measured: the rest of the peak; data.token_budget and trainer.grad_cache limit it",
     "further": "computed: vectors of the other ranks' documents, and similarities with them",
     "gathered": "computed: unsharded weights and gradients while a layer is computed (trainer.strategy=fsdp)",
@@ -68,9 +68,9 @@ SHARDED = ("weights", "gradients", "optimizer")  # parts that fsdp divides among
 class DryRunOptions(ExperimentOptions):
     """Predict the memory and time of a training run.
 
-    Reads the data, builds the encoder, and trains a few steps of every task on one rank of this machine. From these it
-    computes the cost of the configured ranks and steps. Random documents take the place of the hard negatives that
-    training will mine. It writes nothing except the cache of the data.
+    Reads the data, builds the encoder, and trains a few steps of every task on one rank of this machine. From these
+    steps, it computes the cost for the configured ranks and steps. Random documents replace the hard negatives that
+    training will mine. It only writes the cache of the data.
     """
 
 
@@ -78,15 +78,15 @@ class DryRunOptions(ExperimentOptions):
 class TaskCost:
     """Mean cost of a batch of a task on one rank."""
 
-    seconds: float  # waiting for the batch, forward and backward
+    seconds: float  # for waiting, forward and backward
     waiting: float  # part of `seconds` spent waiting for the batch
     tokens: float
-    positions: float  # tokens and padding
-    pairs: float  # a query with one of its positives
+    positions: float  # number of tokens, including padding
+    pairs: float  # number of pairs of a query and a positive
     queries: float
-    documents: float  # candidates of each query, over all ranks
+    documents: float  # number of candidates per query, over all ranks
     batches: int  # number of batches in the whole training, on each rank
-    flops: float  # useful operations of forward and backward
+    flops: float  # useful operations in forward and backward
 
 
 @dataclass
@@ -94,11 +94,11 @@ class Prediction:
     """Memory of one rank in bytes, by the parts in MEMORY, and times in seconds."""
 
     memory: dict[str, int]
-    update: float  # combining gradients, clipping and optimizer, per step
+    update: float  # combining and clipping gradients, and the optimizer, per step
     start: float  # reading the data, building the encoder, tokenising
     teacher: float  # encoding all texts with objective.vector_teacher
-    mining: float  # encoding for all rounds of mining
-    evaluation: float  # encoding for all evaluations
+    mining: float  # encoding for mining, over all rounds
+    evaluation: float  # encoding for evaluation, over all evaluations
     tasks: dict[str, TaskCost]
     ceiling: float  # FLOP/s of the device, for the MFU
 
@@ -107,7 +107,7 @@ class Prediction:
         return steps * self.update + self._total("seconds")
 
     def speed(self, steps: int, ranks: int) -> Speed:
-        """Return the mean speed of the whole training, as the training log shows it."""
+        """Return the mean speed over the whole training, in the form of the training log."""
         seconds = self.training(steps)
         return Speed(
             tokens_per_second=ranks * self._total("tokens") / seconds,
@@ -126,7 +126,7 @@ class Prediction:
 
 @dataclass
 class ZeroVectors:
-    """Vectors in place of a teacher's, because its time does not belong to the steps. dimension: their size, G."""
+    """Zeros instead of a teacher's vectors, so that encoding them does not count as training. dimension: size, G."""
 
     dimension: int
 
@@ -143,7 +143,7 @@ def dry_run(experiment: str, overrides: Sequence[str] = ()) -> Prediction:
     """Predict the cost of an experiment and print it."""
     config = load_config(experiment, overrides)
     with tempfile.TemporaryDirectory() as folder:
-        config.run.dir = folder  # quarantined lines go there
+        config.run.dir = folder  # where quarantined lines go
         started = time.perf_counter()
         L.seed_everything(config.run.seed, verbose=False)
         data = build_data(config, training=True)
@@ -161,9 +161,9 @@ def dry_run(experiment: str, overrides: Sequence[str] = ()) -> Prediction:
 
 
 def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule, built: float = 0.0) -> Prediction:
-    """Train a few steps of every task, which changes the module's weights, and compute the rest from them.
+    """Train a few steps of every task, and compute the rest from them. This changes the module's weights.
 
-    built: seconds that building data and module took.
+    built: seconds it took to build data and module.
     """
     module.to(device_of(config)).train()
     mining, rounds = _planned_mining(config, data)
@@ -188,7 +188,7 @@ def predict(config: Config, data: MultiTaskDataModule, module: ContrastiveModule
 
 
 def _planned_mining(config: Config, data: MultiTaskDataModule) -> tuple[Mining | None, int]:
-    """Return the mining during training, and the number of its rounds."""
+    """Return the mining that happens during training, and the number of rounds."""
     callbacks = build_mining_callback(config, data, folder_of(config), batches_per_step(config))
     if not callbacks:
         return None, 0
@@ -198,7 +198,7 @@ def _planned_mining(config: Config, data: MultiTaskDataModule) -> tuple[Mining |
 
 
 def _add_random_negatives(data: MultiTaskDataModule, tasks: Collection[str]) -> None:
-    """Let tasks draw random documents in place of the hard negatives that they will mine."""
+    """Let tasks draw random documents instead of the hard negatives that they will mine."""
     rng, negatives = np.random.default_rng(0), {}
     for task in data.tasks:
         if task.task.name in tasks:
@@ -213,7 +213,11 @@ def _add_random_negatives(data: MultiTaskDataModule, tasks: Collection[str]) -> 
 
 @dataclass
 class _FirstBatches:
-    """The first batches of a task. tokenising: seconds, once. preparing: seconds per batch."""
+    """The first batches of a task.
+
+    tokenising: seconds to tokenise all texts, once.
+    preparing: seconds to prepare a batch.
+    """
 
     warm_up: list[ContrastiveBatch]
     measured: list[ContrastiveBatch]
@@ -228,7 +232,7 @@ class _FirstBatches:
         started = time.perf_counter()
         batches = first_batches(task, data.tokenizer, WARM_UP + MEASURED)
         preparing = (time.perf_counter() - started) / len(batches)
-        last = data.num_batches() - 1  # the last step, because a loss costs less in its warm-up
+        last = data.num_batches() - 1  # the last step, because a loss may cost less during its warm-up
         batches = [dataclasses.replace(batch, step=last) for batch in batches]
         return cls(batches[:WARM_UP], batches[WARM_UP:], started - began, preparing)
 
@@ -236,9 +240,9 @@ class _FirstBatches:
 class _Steps:
     """Optimizer steps of one batch each, measured in seconds and bytes.
 
-    updates: seconds for clipping and the optimizer, of each step after the warm-up.
-    gradients: bytes of the gradients, in the step with the most.
-    process: bytes in use apart from weights and optimizer, after the warm-up.
+    updates: seconds for clipping and the optimizer, for each step after the warm-up.
+    gradients: bytes of the gradients, in the step with the largest.
+    process: bytes in use after the warm-up, without weights and optimizer.
     """
 
     def __init__(self, config: Config, module: ContrastiveModule):
@@ -321,7 +325,7 @@ def _cost(
 
 
 def _memory(config: Config, module: ContrastiveModule, steps: _Steps, costs: Mapping[str, TaskCost]) -> dict[str, int]:
-    """Return the memory of a rank in bytes, by the parts in MEMORY, without the balance."""
+    """Return the memory of a rank in bytes, by the parts in MEMORY except "balance"."""
     ranks, sharded = ranks_of(config), config.trainer.strategy == "fsdp"
     memory = {
         "weights": steps.weights,
@@ -334,7 +338,7 @@ def _memory(config: Config, module: ContrastiveModule, steps: _Steps, costs: Map
         memory |= {name: memory[name] // ranks for name in SHARDED}
     # Vectors and similarities, in float32.
     largest = max(4 * cost.documents * (module.encoder.dimension + cost.queries) for cost in costs.values())
-    memory["further"] = int(2 * largest * (ranks - 1) / ranks)  # forward and backward
+    memory["further"] = int(2 * largest * (ranks - 1) / ranks)  # once in forward, once in backward
     memory["gathered"] = _gathered_bytes(module.encoder) if sharded else 0
     return memory
 
@@ -342,7 +346,7 @@ def _memory(config: Config, module: ContrastiveModule, steps: _Steps, costs: Map
 def _gathered_bytes(encoder: Encoder) -> int:
     """Return the bytes of unsharded weights and gradients during a sharded step.
 
-    These are the modules outside the layers plus two adjacent layers, because the next layer is gathered in advance.
+    They belong to the modules outside the layers and to two adjacent layers, because the next layer is gathered ahead.
     """
     modules = [nn.ModuleList(encoder.layer_modules(index)) for index in range(encoder.num_layers)]
     layers = [num_bytes(module.parameters()) for module in modules]
@@ -351,7 +355,7 @@ def _gathered_bytes(encoder: Encoder) -> int:
 
 
 def _balance_cost(config: Config, module: ContrastiveModule) -> tuple[int, float]:
-    """Return the bytes of the tasks' gradients, and the seconds that storing and combining them takes per step."""
+    """Return the bytes of the tasks' gradients, and the seconds per step to store and combine them."""
     callbacks = [callback for callback in build_balance(config) if isinstance(callback, GradientBalance)]
     if not callbacks:
         return 0, 0.0
@@ -406,7 +410,7 @@ def _evaluation_seconds(config: Config, data: MultiTaskDataModule, module: Contr
 
 
 def _encoding_seconds(config: Config, encoder: Encoder, task: str, *parts: Sequence[Document]) -> float:
-    """Encode some texts of each part, and return the seconds that one rank would spend on its share of all texts."""
+    """Time the encoding of some texts, and return the seconds that one rank would spend on its share of all texts."""
     seconds = 0.0
     for texts in parts:
         sample = [texts[i] for i in range(0, len(texts), max(1, len(texts) // TEXTS))][:TEXTS]
@@ -447,7 +451,7 @@ def _show_times(config: Config, prediction: Prediction) -> None:
     training = prediction.training(steps)
     times = {
         "start": prediction.start,
-        "vectors of the teacher": prediction.teacher,
+        "the teacher's vectors": prediction.teacher,
         counted(steps, "step"): training,
         "mining": prediction.mining,
         "evaluation": prediction.evaluation,
@@ -467,15 +471,15 @@ def _show_times(config: Config, prediction: Prediction) -> None:
         ", ".join(f"{name} {_duration(seconds)}" for name, seconds in times.items() if seconds),
         _duration(sum(times.values())),
     )
-    log.info("speed of the training: %s", prediction.speed(steps, ranks).text())
+    log.info("training speed: %s", prediction.speed(steps, ranks).text())
     log.info(
         "not counted: imports (a few seconds), BM25, ranking, judges, diagnostics, checkpoints, logging, and other "
-        "programs on the machine, including W&B's"
+        "programs on the machine, such as W&B's"
     )
     if prediction.memory["gathered"]:
         log.info(
-            "not measured: gathering %.0f MB of weights in forward and backward per chunk, exchanging gradients, and "
-            "ranks that share cores; evaluation and mining hold all weights a second time",
+            "not measured: gathering %.0f MB of weights per chunk in forward and backward, exchanging gradients, "
+            "ranks that share cores, and the second copy of all weights during evaluation and mining",
             prediction.memory["weights"] * ranks / 2**20,
         )
     elif ranks > 1:
@@ -486,8 +490,8 @@ def _show_times(config: Config, prediction: Prediction) -> None:
     if device_of(config).type == "cpu":
         flops = sum(cost.batches * cost.flops for cost in prediction.tasks.values())
         log.info(
-            "on a GPU (not measured): %.3g PFLOP (useful operations) on each rank take %s at 50 TFLOP/s; "
-            "memory is about as above, without the process, and less in bf16",
+            "on a GPU (not measured): each rank computes %.3g PFLOP of useful operations, which take %s at 50 "
+            "TFLOP/s; memory is about as above, without the process, and less in bf16",
             flops / 1e15,
             _duration(flops / 50e12),
         )

@@ -36,11 +36,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class EmbedOptions(EncodingOptions):
-    """Embed a corpus: one vector per text. If it is killed, the same command continues with the missing shards."""
+    """Embed a corpus: one vector per text. If the command is killed, running it again computes the missing shards."""
 
     task: tuple[str, ...] = option(help="comma-separated tasks to embed for, or all")
     side: Literal["documents", "queries"] = option(
-        "documents", "whether the texts are documents or queries, for models that encode these differently"
+        "documents", "whether the texts are documents or queries, for models that encode them differently"
     )
     input: Path = option(
         help="JSON lines (.gz, .zst), a JSON list or .parquet with id, title and text (or abstract); a BEIR folder; or "
@@ -49,15 +49,15 @@ class EmbedOptions(EncodingOptions):
     output: Path = option(help="folder for TASK.npy, TASK.npy.ids.txt and TASK.npy.json; or a .npy file, for one task")
     part: str = option(
         "",
-        "I/N embeds part I of N, on any machine that can write to the output; by default taken from the SLURM array",
+        "I/N embeds part I of N, on any machine that can write to the output; by default, the task of the SLURM array",
     )
     devices: int = option(1, "number of processes on this machine, one per GPU", minimum=1)
     shard_size: int = option(16384, "number of texts per shard", minimum=1)
     similarity: Literal["dot", "cosine"] | None = option(
-        None, "cosine normalises the vectors; by default as the model was trained, else cosine"
+        None, "cosine normalises the vectors; by default the one used in training, else cosine"
     )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
-        "fp32", "precision of the encoder; auto means bf16 on hardware where bf16 is fast, else fp32"
+        "fp32", "precision of the encoder; auto: bf16 on hardware where it is fast, else fp32"
     )
     dtype: Literal["float32", "float16"] = option("float32", "type of the vectors on disk")
     token_budget: int | None = token_budget_option()
@@ -107,7 +107,7 @@ class EmbeddingJob:
         self._embed_shards(encoder, shards, numbers, num_texts)
         if missing := shards.missing(num_shards):
             remaining = len(missing), num_shards, missing[0]
-            log.info("%d of %d shards are still missing, the first is shard %d; they belong to other parts", *remaining)
+            log.info("%d of %d shards are still missing (first: shard %d); other parts will embed them", *remaining)
             return
         source = {"input": str(self.source.absolute()), "name": options.model}
         for task in tasks:
@@ -173,7 +173,7 @@ class EmbeddingJob:
     def _missing(
         self, shards: ShardFolder, numbers: range, bad_lines: BadLines, progress: Progress
     ) -> Iterator[tuple[int, list[Document]]]:
-        """Yield the texts of each shard that is not complete. The others are subtracted from the total of progress."""
+        """Yield the texts of each incomplete shard. Complete shards are subtracted from the total of `progress`."""
         for number, documents in read_shards(self.files, self.options.shard_size, numbers, bad_lines):
             if shards.has(number, documents):
                 progress.total -= len(documents)
@@ -181,7 +181,7 @@ class EmbeddingJob:
                 yield number, documents
 
     def _speed(self, encoder: Encoder, seconds: float) -> str:
-        """Describe the mean speed of this process, with reading and writing."""
+        """Describe the mean speed of this process, including reading and writing."""
         texts, tokens, flops = (encoder.encoded[unit] / seconds for unit in ("texts", "tokens", "flops"))
         mfu = flops / encoder_ceiling(encoder, computing_dtype(self.precision))
         return f"{texts:,.1f} texts/s, {tokens:,.0f} tokens/s, MFU {mfu:.0%}"

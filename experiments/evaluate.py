@@ -33,7 +33,7 @@ from lightning_modules.retrieval.evaluation import METRICS
 
 log = logging.getLogger(__name__)
 
-# Options that change the results. The name of the default folder ends in a hash of the ones that are set.
+# Options that change the results. The name of the default folder ends in a hash of those that are set.
 HASHED_OPTIONS = (
     *("metrics", "similarity", "max_length", "precision", "exclude", "max_queries", "max_documents"),
     *("backbone", "pooling", "tower", "adapters", "run", "suite", "data.root", "document_model"),
@@ -52,24 +52,25 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
         "an installed package), or bm25; separate several by commas to get them in one table",
     )
     document_model: str = option(
-        "", "model that encodes the documents, for models that were trained for queries alone (a teacher of vectors)"
+        "",
+        "model that encodes the documents, if the evaluated models only encode queries (trained with a vector teacher)",
     )
     output: Path | None = option(
         None,
-        "folder for results.json and the run files; by default one for this model, data and protocol, in evaluation/ "
-        "of the run's folder or in evaluations/",
+        "folder for results.json and the run files; by default, one named after model, data and protocol, in "
+        "evaluation/ of the run's folder or in evaluations/",
     )
-    add: bool = option(False, "keep the other systems and benchmarks in the output's results.json")
+    add: bool = option(False, "keep other systems and benchmarks that are already in the output's results.json")
     metrics: tuple[str, ...] = option(METRICS, "metrics for data that define none, the main metric first")
     max_length: int | None = option(
-        None, "maximum number of tokens of a text, by default the model's; the paper evaluates with 512", minimum=3
+        None, "maximum number of tokens per text, by default the model's; the paper uses 512", minimum=3
     )
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = option(
-        "fp32", "precision of the encoder; auto: bf16 on hardware made for it, else fp32. Scores are always fp32"
+        "fp32", "precision of the encoder; auto: bf16 on hardware where it is fast, else fp32. Scores are always fp32"
     )
     token_budget: int | None = token_budget_option()
     vectors: Path | None = option(
-        None, "folder that keeps vectors, for corpora larger than memory, and to resume an interrupted evaluation"
+        None, "folder for cached vectors, for corpora larger than memory, and to resume an interrupted evaluation"
     )
     devices: int = option(
         1, "number of processes on this machine, one per GPU; torchrun and srun start their own", minimum=1
@@ -82,7 +83,7 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
         """The models, keyed by their names in tables."""
         models = list(filter(None, self.model.split(",")))
         if not models:
-            raise UserError("model: required, folder of a run, checkpoint, exported folder, plain BERT, or bm25")
+            raise UserError("model: required; expected a run folder, checkpoint, exported folder, plain BERT, or bm25")
         if len(set(models)) < len(models):
             raise UserError(f"model: each model may be named only once, got {self.model}")
         alone = len(models) == 1 and not self.benchmarks
@@ -93,7 +94,7 @@ class EvaluateOptions(BenchmarkOptions, EncodingOptions):  # --help lists the op
 
     @property
     def named_split(self) -> str:
-        """The split as part of names, or "" for the test split of benchmarks, whose protocols name it."""
+        """The split as part of names, or "" for the test split of benchmarks, which their protocols already name."""
         return "" if self.benchmarks and self.split == "test" else self.split
 
 
@@ -141,7 +142,7 @@ def _evaluate(options: EvaluateOptions, arguments: Sequence[str]) -> None:
 
 
 def _load_systems(options: EvaluateOptions, config: Config | None) -> list[System]:
-    """Load the models. config: configuration of the run that they belong to, if any."""
+    """Load the models. config: configuration of their run, if any."""
     document_model = None
     if options.document_model:
         document_model = EncodingOptions(model=options.document_model, device=options.device, packages=options.packages)
@@ -164,7 +165,7 @@ def _evaluate_all(
     info: EvaluationInfo,
     folder: Path,
 ) -> Benchmarks:
-    """Evaluate all systems on all benchmarks. Each result is written immediately, so an interruption loses none."""
+    """Evaluate all systems on all benchmarks. Results are written immediately, so an interruption loses nothing."""
     path = folder / "results.json"
     tables = read_results(path).benchmarks if options.add and path.is_file() else {}
     for benchmark in benchmarks:
@@ -174,7 +175,7 @@ def _evaluate_all(
             if obstacle := system.obstacle(benchmark):
                 if not options.benchmarks:
                     raise UserError(obstacle)
-                log.warning("%s: %s: not in the table", benchmark.name, obstacle)
+                log.warning("%s: left out of the table: %s", benchmark.name, obstacle)
                 continue
             table = evaluate_system(
                 system,
@@ -184,7 +185,7 @@ def _evaluate_all(
                 token_budget=options.token_budget,
                 precision=options.precision,
             )
-            if options.cost_per_hour is not None and table:  # there is none of BM25 without its package
+            if options.cost_per_hour is not None and table:  # BM25 has no table if bm25s is not installed
                 table[benchmark.name].systems[system.name].cost.price(options.cost_per_hour)
             tables = combine(tables, table)
             if rank() == 0:
@@ -196,7 +197,7 @@ def _check(options: EvaluateOptions) -> None:
     """Check the options, before any model or data is loaded."""
     _ = options.models  # raises UserError for an invalid model=
     check_metrics("metrics", options.metrics)
-    for key, value in (("task", options.task), ("split", options.split)):  # part of the default output's name
+    for key, value in (("task", options.task), ("split", options.split)):  # both are part of the default output's name
         if value:
             check_name(key, value)
     if options.beir and (options.benchmarks or options.data_root):
@@ -204,7 +205,7 @@ def _check(options: EvaluateOptions) -> None:
     options.check_suite()
     for key, value in _changed_options(options).items():
         if key in (FOR_COLLECTIONS if options.benchmarks else FOR_BENCHMARKS):
-            reason = "benchmarks= have their own" if options.benchmarks else "only benchmarks= can use it"
+            reason = "benchmarks= have their own" if options.benchmarks else "it needs benchmarks="
             raise UserError(f"{key}: got {value}, but {reason}")
 
 
@@ -244,7 +245,7 @@ def _default_output(options: EvaluateOptions, run: Path | None, benchmarks: Sequ
 
 
 def _normal(key: str, value: str) -> str:
-    """Make equal paths compare equal. Only the name of a BEIR folder counts, because its data are compared too."""
+    """Make equal paths compare equal. For a BEIR folder, only the name counts, because its data are compared too."""
     if key == "beir":
         return name_of(value) if value else ""
     parts = value.split(",") if key in PATHS else []

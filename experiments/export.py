@@ -42,7 +42,8 @@ UNMARKED = re.compile(  # names of files and folders in exports by older version
 class ExportOptions(ModelOptions):
     """Export a model to formats that other tools load without this project.
 
-    Each exported folder gets a README.md: what the model is, how to use it, what it was trained on, and its results.
+    Each exported folder gets a README.md that explains what the model is, how to use it, its training data and its
+    results.
     """
 
     format: Literal["plain", "pretrained", "reference"] = option(
@@ -55,7 +56,7 @@ class ExportOptions(ModelOptions):
         "for format=plain: a task, average (a general model, the mean of all experts), or all (one folder per task)",
     )
     output: Path | None = option(
-        None, "new folder, or new file for format=reference; by default in export/ of the model's run, or in exports/"
+        None, "new folder, or new file with format=reference; by default in export/ of the model's run, or in exports/"
     )
     overwrite: bool = option(False, "replace the output if it is an earlier export, for instance to add onnx=yes")
     onnx: bool = option(False, "for format=plain: also write onnx/model.onnx (make install EXTRAS=cpu,onnx)")
@@ -64,12 +65,11 @@ class ExportOptions(ModelOptions):
     )
     license: str = option(
         "",
-        "license of the model, as the hub names it, such as apache-2.0; by default that of the start model, if known",
+        "license of the model under its name on the hub, such as apache-2.0; by default the start model's license, if "
+        "known",
     )
-    language: tuple[str, ...] = option(("en",), "languages of the texts, as ISO 639 codes")
-    base_model: str = option(
-        "", "name on the hub of the model that the training started from, if it started from a folder"
-    )
+    language: tuple[str, ...] = option(("en",), "languages of the texts as ISO 639 codes")
+    base_model: str = option("", "hub name of the model that training started from, if it was loaded from a folder")
     push: str = option(
         "",
         "OWNER/NAME on the Hugging Face hub (or the server in HF_ENDPOINT) to upload the exported folder to; task=all "
@@ -78,7 +78,7 @@ class ExportOptions(ModelOptions):
     private: bool = option(False, "for push: create a private repository")
 
     def repository(self, task: str) -> str:
-        """Return the repository that a task is pushed to, "" without push. task: "" for the whole encoder."""
+        """Return the repository that a task is pushed to, or "" without push. task: "" for the whole encoder."""
         return f"{self.push}-{task}" if self.push and self.task == "all" and task else self.push
 
     def hub_details(self, task: str) -> HubDetails:
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str]) -> None:
         (folder / MARKER).write_text(MARKER_TEXT)
         for task in tasks:
             _write_model(options, encoder, task, run, measured, folder / (task if options.task == "all" else ""))
-        check_output(output, options.overwrite, inputs)  # again, because it may have changed during the export
+        check_output(output, options.overwrite, inputs)  # again, because the output may have changed during the export
     loader = "load_encoder" if options.format == "pretrained" else "SentenceTransformer"
     for task in tasks:
         folder = output / (task if options.task == "all" else "")
@@ -126,7 +126,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _tasks(options: ExportOptions, encoder: Encoder) -> list[str]:
-    """Return the tasks that get a folder, [""] for a folder with the whole encoder."""
+    """Return the tasks that get a folder, or [""] for one folder with the whole encoder."""
     if options.format != "plain":
         return [""]
     return list(encoder.tasks) if options.task == "all" else [options.task]
@@ -135,7 +135,7 @@ def _tasks(options: ExportOptions, encoder: Encoder) -> list[str]:
 def _write_model(
     options: ExportOptions, encoder: Encoder, task: str, run: Path | None, measured: str, folder: Path
 ) -> None:
-    """Write the model for a task, or the whole encoder for "", with its README.md.
+    """Write the model for a task (the whole encoder if it is ""), with its README.md.
 
     run: folder of the encoder's run, if any. measured: fingerprint of the whole encoder.
     """
@@ -153,11 +153,11 @@ def _write_model(
 
 
 def _check_hub_options(options: ExportOptions) -> None:
-    """Check what can be checked before the model is loaded."""
+    """Check the options for the hub, before the model is loaded."""
     languages = [("language", language) for language in options.language]
     for key, value in (("license", options.license), ("base_model", options.base_model), *languages):
         if value and not HUB_ID.fullmatch(value):
-            raise UserError(f"{key}: expected an id of the hub, got {value!r}")
+            raise UserError(f"{key}: expected an id from the hub, got {value!r}")
     if not options.push:
         if options.private:
             raise UserError("private: needs push=OWNER/NAME")
@@ -167,7 +167,7 @@ def _check_hub_options(options: ExportOptions) -> None:
     _check_repository(options.push)
     if not get_token():
         raise UserError(
-            "push: you are not logged in to the hub; run `hf auth login`, or set HF_TOKEN to a token that may write"
+            "push: you are not logged in to the hub; run `hf auth login`, or set HF_TOKEN to a token with write access"
         )
 
 
@@ -181,7 +181,7 @@ def _check_repository(name: str) -> None:
 
 
 def push(folder: Path, repository: str, private: bool) -> None:
-    """Upload an exported folder to the hub, and nothing else. Raises UserError if that fails."""
+    """Upload an exported folder to the hub. Raises UserError if that fails."""
     api = HfApi()
     try:
         api.create_repo(repository, private=private, exist_ok=True)
@@ -194,7 +194,7 @@ def push(folder: Path, repository: str, private: bool) -> None:
         )
     except UserError:
         raise
-    except Exception as error:  # a network can fail in many ways, and each library has its own errors
+    except Exception as error:  # a network can fail in many ways, each with its own exception
         raise UserError(
             f"push: {repository}: the upload to {api.endpoint} failed ({reason(error)}). The export is complete in "
             f"{folder}; upload it with `hf upload {repository} {folder}`, or repeat this command with overwrite=yes"
@@ -225,14 +225,14 @@ def check_output(output: Path, overwrite: bool, inputs: Sequence[Path]) -> None:
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not overwrite:
-        advice = "overwrite=yes replaces an earlier export, output= sets another folder"
+        advice = "overwrite=yes replaces an earlier export; output= sets another folder"
         raise UserError(f"output: {output} already exists; {advice}")
     advice = "Choose another output, or remove this one yourself"
     if output.is_symlink():
-        raise UserError(f"output: {output} is a symbolic link, and its target is never replaced. {advice}")
+        raise UserError(f"output: {output} is a symbolic link, whose target must not be replaced. {advice}")
     for path in (Path.cwd(), *inputs):
         if path.resolve().is_relative_to(output.resolve()):
-            raise UserError(f"output: {output} is or contains {path}, which is never replaced. {advice}")
+            raise UserError(f"output: {output} is or contains {path}, which must not be replaced. {advice}")
     if not (is_export(output) if output.is_dir() else is_exported_checkpoint(output)):
         missing = f"it has no {MARKER} file" if output.is_dir() else "it is not a checkpoint of format=reference"
         raise UserError(f"output: {output} was not written by this command ({missing}). {advice}")

@@ -37,18 +37,18 @@ log = logging.getLogger(__name__)
 class FindOptions(EncodingOptions):
     """Find the papers of an embedded corpus that are nearest to a query.
 
-    The default model is the one that embedded the papers.
+    By default, the model that embedded the papers embeds the query.
     """
 
-    embeddings: Path | None = option(None, "output of make embed (its folder or a .npy file), for an exact search")
-    index: Path | None = option(None, "output of make index, instead of embeddings")
+    embeddings: Path | None = option(None, "output of make embed (the folder or a .npy file), for an exact search")
+    index: Path | None = option(None, "output of make index, for a search in the index")
     task: str = option("", "task whose vectors to search, if the folder has several tasks")
     nprobe: int = option(0, "number of index lists to search; 0 uses the number chosen by `make index`", minimum=0)
     query: str = option("", "text to search for")
     queries: Path | None = option(
         None, "file (or folder in BEIR layout) with queries, each with an id and a text; instead of query"
     )
-    output: Path | None = option(None, "file for the rankings, in TREC format; required by queries=")
+    output: Path | None = option(None, "file for the rankings in TREC format; required with queries=")
     k: int = option(10, "number of papers per query", minimum=1)
 
 
@@ -57,9 +57,9 @@ def main(arguments: Sequence[str]) -> None:
     if bool(options.query) == bool(options.queries):
         raise UserError("query: set either query=TEXT, or queries=FILE with output=FILE")
     if bool(options.embeddings) == bool(options.index):
-        raise UserError("embeddings, index: set exactly one, to the output of make embed or of make index")
+        raise UserError("embeddings, index: set exactly one, to the output of make embed or make index")
     if options.queries and not options.output:
-        raise UserError("output: expected a file for the rankings of queries=")
+        raise UserError("output: queries= needs a file for the rankings")
     queries = _read_queries(options.queries) if options.queries else [Document("query", "", options.query)]
     result = _search_index(options, queries) if options.index else _search_embeddings(options, queries)
     if options.output:
@@ -89,7 +89,7 @@ def _search_embeddings(options: FindOptions, queries: list[Document]) -> SearchR
 
 def _search_index(options: FindOptions, queries: list[Document]) -> SearchResult:
     if not options.index.is_file():
-        raise UserError(f"index: {options.index} is not a file; expected the output of make index")
+        raise UserError(f"index: {options.index} is not a file; expected the file that make index wrote")
     metadata = read_metadata(options.index, {"m": int, "nprobe": int, "embeddings": str})
     index = read_index(options.index)
     ids = read_ids(options.index, index.ntotal)
@@ -101,7 +101,7 @@ def _search_index(options: FindOptions, queries: list[Document]) -> SearchResult
 
 
 def _encode(options: FindOptions, queries: list[Document], metadata: dict[str, Any]) -> tuple[np.ndarray, torch.device]:
-    """Return the vectors (Q, D) of the queries, and the encoder's device.
+    """Encode the queries. Return the vectors (Q, D), and the encoder's device.
 
     Raises UserError if the model is not the one that embedded the papers.
     """
@@ -117,7 +117,7 @@ def _encode(options: FindOptions, queries: list[Document], metadata: dict[str, A
 
 
 def _matrix_of(metadata: dict[str, Any]) -> Matrix | None:
-    """Return the vectors of a quantized index for exact scores, or None if they cannot be read."""
+    """Return the unquantized vectors of an index, for exact scores, or None if they cannot be read."""
     try:
         return open_matrix(Path(metadata["embeddings"]))
     except UserError as error:
@@ -126,7 +126,7 @@ def _matrix_of(metadata: dict[str, Any]) -> Matrix | None:
 
 
 def _read_queries(source: Path) -> list[Document]:
-    file = find_optional_file(source, "queries.jsonl")  # in BEIR layout, a folder has both
+    file = find_optional_file(source, "queries.jsonl")  # a BEIR folder has both queries and documents
     files = text_files(file or source, "queries")
     with BadLines() as bad_lines:
         queries = [query for _, shard in read_shards(files, 2**16, range(2**31), bad_lines) for query in shard]
@@ -136,11 +136,11 @@ def _read_queries(source: Path) -> list[Document]:
 
 
 def _show(query: str, result: SearchResult) -> None:
-    """Print the best papers for the first query, with their titles if the input file is still there."""
+    """Print the best papers for the first query, with titles if the input file still exists."""
     rows, scores, metadata = result.rows[0], result.scores[0], result.metadata
     rows, titles = rows[rows >= 0], {}
-    if metadata["on_error"] == "fail":  # without skipped lines, row i is line i
-        with suppress(UserError):  # the input may have moved, or changed
+    if metadata["on_error"] == "fail":  # no lines were skipped, so row i is line i
+        with suppress(UserError):  # the input may have moved or changed
             titles = documents_at(text_files(Path(metadata["input"])), rows.tolist())
     table = Table([Column("", "d"), Column("score", ".4f"), Column("id"), Column("title", folds=True)], query)
     for number, (row, score) in enumerate(zip(rows.tolist(), scores, strict=False), start=1):

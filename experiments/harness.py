@@ -2,7 +2,7 @@
 
     SciDocs        cls.jsonl, user-citation.jsonl, recomm.jsonl   {"paper_id", "title", "embedding"} per line
     SciRepEval     CONFIG.jsonl                                   {"doc_id", "embedding"} per line
-                   tasks.jsonl                                    its tasks, with the files of their vectors
+                   tasks.jsonl                                    the tasks, with the files of their vectors
     PMC-Patients   PAR.json, PPR.json                             {query: {document: score}}
 
 Sources: allenai/scidocs (README.md, scidocs/embeddings.py), allenai/scirepeval (evaluation/embeddings_generator.py,
@@ -39,12 +39,12 @@ from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 
-SCIDOCS = {  # file -> metadata of its papers, and the task whose expert encodes them
+SCIDOCS = {  # file -> metadata file of its papers, and the task whose expert encodes them
     "cls": ("paper_metadata_mag_mesh.json", "classification"),
     "user-citation": ("paper_metadata_view_cite_read.json", "link_prediction"),
     "recomm": ("paper_metadata_recomm.json", "link_prediction"),
 }
-SCIREPEVAL = {  # type of a task -> the task whose expert encodes
+SCIREPEVAL = {  # type of SciRepEval's task -> our task, whose expert encodes
     "classification": "classification",
     "regression": "classification",
     "proximity": "link_prediction",
@@ -54,29 +54,32 @@ SCIREPEVAL = {  # type of a task -> the task whose expert encodes
 
 @dataclass(kw_only=True)
 class HarnessOptions(EncodingOptions):
-    """Write files for other evaluation programs. Each file is made with the expert of its task."""
+    """Write files for other evaluation programs. Each file uses the expert of its task."""
 
     format: Literal["scidocs", "scirepeval", "pmc_patients"] = option(
-        help="vectors for the program of SciDocs or SciRepEval, or rankings for the leaderboard of PMC-Patients"
+        help="vectors for the programs of SciDocs or SciRepEval, or rankings for the leaderboard of PMC-Patients"
     )
     data: Path = option(
-        help="scidocs: folder with paper_metadata_*.json; scirepeval: folder with one folder per config, such as "
-        "fos, each with the split evaluation; pmc_patients: folder of the ReCDS benchmark"
+        help="scidocs: folder with paper_metadata_*.json; scirepeval: folder with one "
+        "subfolder per config, such as fos, each with the split evaluation; pmc_patients: folder of the ReCDS benchmark"
     )
     output: Path = option(help="new folder for the files")
     tasks: Path | None = option(
-        None, "scirepeval only: its scirepeval_tasks.jsonl (github.com/allenai/scirepeval), required"
+        None, "scirepeval only (required): the file scirepeval_tasks.jsonl from github.com/allenai/scirepeval"
     )
     only: tuple[str, ...] = option(
-        (), "names of files (cls), of SciRepEval's tasks (Fields of study), PAR or PPR; by default all that have data"
+        (),
+        "what to write: files (cls), tasks of SciRepEval (Fields of study), PAR or PPR; by default all that have data",
     )
     split: str = option("test", "pmc_patients only: split of the queries")
     depth: int = option(1000, "pmc_patients only: number of documents per query", minimum=1)
     similarity: Literal["dot", "cosine", "l2"] | None = option(
         None, "pmc_patients only: similarity of vectors, by default as the model was trained, else cosine"
     )
-    vectors: Path | None = option(None, "folder that keeps vectors, to resume after an interruption")
-    on_error: Literal["fail", "skip"] = option("fail", "at a bad line: fail, or move it to quarantine.jsonl")
+    vectors: Path | None = option(None, "folder for cached vectors, to resume after an interruption")
+    on_error: Literal["fail", "skip"] = option(
+        "fail", "what to do with a bad line: fail, or move it to quarantine.jsonl"
+    )
     token_budget: int | None = token_budget_option()
 
 
@@ -91,7 +94,7 @@ class Job:
     similarity: str
 
     def chosen(self, names: Sequence[str]) -> list[str]:
-        """Return the names that only= selects, by default all. Raises UserError if it has other names."""
+        """Return the names that only= selects, by default all. Raises UserError if a name is unknown."""
         check_choices("only", self.options.only, names)
         return [name for name in names if not self.options.only or name in self.options.only]
 
@@ -99,7 +102,7 @@ class Job:
         return BadLines(self.options.on_error, str(self.output / "quarantine.jsonl"))
 
     def encode(self, texts: Sequence[Document], task: str, name: str) -> Iterator[list[float]]:
-        """Yield a vector for each text, in order. All texts are encoded before the first vector is yielded."""
+        """Yield a vector for each text, in order. The first is yielded once all texts are encoded."""
         with Progress(f"encoding {name}", "texts", len(texts)) as progress:
             shards = self.vectors.vectors(texts, task, name, progress.advance)
         for _, block in shards.blocks(1024):
@@ -109,7 +112,7 @@ class Job:
 def main(arguments: Sequence[str]) -> None:
     options = parse(HarnessOptions, arguments)
     if options.format == "scirepeval" and options.tasks is None:
-        raise UserError("tasks: required by format=scirepeval; give its scirepeval_tasks.jsonl")
+        raise UserError("tasks: required with format=scirepeval; set it to scirepeval_tasks.jsonl")
     config = options.run_config()
     encoder = options.load_on_device(config)
     similarity = options.similarity or default_similarity(encoder, config)
@@ -162,7 +165,7 @@ def _write_scirepeval(job: Job) -> list[Path]:
         embeddings = job.options.output.absolute() / written[key].name
         complete.append(task.record | {"embeddings": {"load": str(embeddings)}})
     if not complete:
-        raise UserError(f"data: {job.options.data} contains no folder of a task (named after its config, such as fos)")
+        raise UserError(f"data: {job.options.data} has no task folders (they are named after configs, such as fos)")
     return [*written.values(), _write_lines(job.output / "tasks.jsonl", complete)]
 
 
@@ -244,7 +247,7 @@ def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def _write_object(path: Path, entries: Iterable[tuple[str, Any]]) -> None:
-    """Write one JSON object entry by entry, since it may be larger than memory."""
+    """Write a JSON object entry by entry, because it may be larger than memory."""
     with open(path, "w", encoding="utf-8") as file:
         for number, (key, value) in enumerate(entries):
             file.write("," if number else "{")

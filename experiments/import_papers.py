@@ -34,33 +34,35 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class ImportOptions:
-    """Turn a library or a dump of papers into training data: one folder for each task that it can serve.
+    """Turn a library or a dump of papers into training data, with one folder for each task that the papers can serve.
 
-    The folder has papers.jsonl with all papers, import.json with the counts, and classification, link_prediction and
-    search in BEIR layout.
+    The output has papers.jsonl with all papers, import.json with the counts, and the folders classification,
+    link_prediction and search in BEIR layout.
     """
 
-    input: tuple[str, ...] = option(help="files and folders, also separated by commas", positional=True)
+    input: tuple[str, ...] = option(help="files and folders, separated by spaces or commas", positional=True)
     output: Path = option(help="new folder for the data")
-    format: Literal["", *FORMATS] = option("", "format of all files; by default recognised for each")
+    format: Literal["", *FORMATS] = option("", "format of all files; by default, each file's format is detected")
     columns: tuple[str, ...] = option((), f"columns of a table, NAME:COLUMN; NAME is one of {', '.join(COLUMNS)}")
     split: str = option(
         "80/10/10",
-        "percentages of train, dev and test; or the last year of training (2015), or of training and dev (2015/2018); "
-        "or given, for files with a column split",
+        "percentages of train, dev and test; or the last year of train (2015), or of train and dev (2015/2018); or "
+        "given, for files with a column split",
     )
     labels: tuple[Literal[*LABEL_KINDS], ...] = option(
         (), "kinds of labels; by default the first kind that the papers have"
     )
-    min_papers: int = option(5, "minimum number of papers of a label", minimum=1)
+    min_papers: int = option(5, "minimum number of papers per label", minimum=1)
     definitions: str = option("", "file with definitions of labels: MeSH's desc2026.xml, JSON lines, or id <tab> name")
     search: str = option("title", "queries: title (finds its abstract), keywords (find their paper), or a file")
-    on_error: Literal["fail", "skip"] = option("skip", "stop at a bad record, or save it in OUTPUT.quarantine.jsonl")
+    on_error: Literal["fail", "skip"] = option(
+        "skip", "what to do with a bad record: stop, or save it in OUTPUT.quarantine.jsonl"
+    )
 
 
 @dataclass
 class Counts:
-    """What a folder contains. problem: reason why it was not created."""
+    """The counts of a folder. problem: reason why the folder was not created."""
 
     documents: int = 0
     kind: str = ""
@@ -84,7 +86,7 @@ def main(arguments: Sequence[str]) -> None:
             with Progress("reading", "records", brief=True) as progress:
                 papers = read_papers(files, bad, options.format, columns)
                 _read(library, _advancing(papers, progress), ", ".join(options.input))
-            if num_bad := bad.by_reason.total():  # later ones are queries of a file
+            if num_bad := bad.by_reason.total():  # any later bad records are from a file of queries
                 library.left_out[f"bad records, in {relative_path(quarantine)}"] = num_bad
             counts = {kind: _write(library, view, views, bad, folder / kind) for kind, view in VIEW_OF_KIND.items()}
             library.write(folder / IMPORTED)
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _files(texts: Sequence[str]) -> list[Path]:
-    """Return the files of papers. Each text is a path, which may have commas, or paths with commas between them."""
+    """Return the files of papers. Each text is a path (commas allowed), or several paths separated by commas."""
     sources = [source for text in texts for source in ([text] if os.path.exists(text) else text.split(","))]
     paths = [expanded(source, "input") for source in sources if source]
     files: dict[Path, None] = {}
@@ -139,10 +141,10 @@ def _write(library: Library, view_name: str, options: ViewOptions, bad: BadLines
 
 
 def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> None:
-    """Print what was created, and what was left out and why. Show the next command."""
+    """Print what was created, what was left out and why, and the next command."""
     numbers = [Column(f"{split} queries", ",d", folds=True) for split in SPLITS]
     columns = [Column("task"), Column("corpus", "", folds=True), *numbers, Column("pairs", ",d", folds=True)]
-    title = f"{summary['papers']:,} papers of {summary['records']:,} records, in {relative_path(output)}"
+    title = f"{summary['papers']:,} papers from {summary['records']:,} records, in {relative_path(output)}"
     table = Table([*columns, Column("left out", folds=True)], title)
     table.add("(all)", f"{summary['papers']:,} papers", *[None] * 4, with_counts(summary["left_out"]))
     for kind, count in counts.items():
@@ -156,11 +158,13 @@ def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> Non
     if created := [kind for kind, count in counts.items() if not count.problem]:
         data = [shlex.quote(f"task.{kind}.data={relative_path(output)}") for kind in created]
         filled = {split for kind in created for split, number in counts[kind].queries.items() if number}
-        if "test" not in filled:  # as in a small library
+        if "test" not in filled:  # a small library may have none
             data.append(f"evaluation.split={'dev' if 'dev' in filled else 'train'}")
         log.info("Next: make train EXP=moe 'tasks=[%s]' %s", ",".join(created), " ".join(data))
     else:
-        raise UserError(f"input: no task can be made of these papers; {relative_path(output) / IMPORTED} has them all")
+        raise UserError(
+            f"input: these papers cannot serve any task; all papers are in {relative_path(output) / IMPORTED}"
+        )
 
 
 if __name__ == "__main__":

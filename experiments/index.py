@@ -19,20 +19,21 @@ from lightning_modules.retrieval.faiss_index import IndexOptions, build_index, m
 
 log = logging.getLogger(__name__)
 
-# Metadata that an index takes over from its vectors.
+# Metadata that an index copies from its vectors.
 INHERITED = ("model", "name", "task", "tasks", "similarity", "count", "input", "on_error")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildOptions(IndexOptions):
-    """Build a FAISS index of an embedded corpus, and measure its recall of the ten nearest papers."""
+    """Build a FAISS index of an embedded corpus, and measure how many of the ten nearest papers it finds."""
 
-    embeddings: Path = option(help="output of make embed: its folder, or a .npy file")
+    embeddings: Path = option(help="output of make embed (the folder or a .npy file)")
     task: str = option("", "task whose vectors to index, if the folder has several tasks")
     output: Path = option(help="file for the index; FILE.ids.txt and FILE.json describe its rows")
     recall: float = option(
         0.95,
-        "target recall; the default nprobe is the smallest that reaches it, or else the one with the highest recall",
+        "target recall; by default, nprobe is the smallest value that reaches it, or else the one with the highest "
+        "recall",
         above=0,
         maximum=1,
     )
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     metadata |= {"nprobe": nprobe, "recall": recalls, "embeddings": str(matrix.path.absolute())}
     with explained(f"output: {output} cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        delete_metadata(output)  # left from an earlier index
+        delete_metadata(output)  # may be left from an earlier index
         write_index(index, output)
         write_metadata(output, matrix.ids, metadata)
     _show(recalls, nprobe, shape, output)

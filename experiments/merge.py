@@ -34,18 +34,18 @@ log = logging.getLogger(__name__)
 class MergeOptions(SuiteOptions, EncodingOptions):
     """Merge models into one, by weighted averages of their parameters.
 
-    With equal weights, the result is a uniform soup. choose= searches the weights on dev data: a greedy soup of several
-    models, or the best mixture of a trained model and the model that it started from.
+    With equal weights, the result is a uniform soup. choose= searches for the weights on dev data: a greedy soup of
+    several models, or the best mixture of a trained model with the model it started from.
     """
 
     model: str = option(
-        help="models to merge, separated by commas: folders of runs, checkpoints, exported folders, or pretrained "
-        "models (folder, name on the hub, or package:NAME of an installed package). The first one determines class "
+        help="models to merge, separated by commas: run folders, checkpoints, exported folders, or "
+        "pretrained models (folder, hub name, or package:NAME of an installed package). The first one determines class "
         "and tasks"
     )
-    output: Path = option(help="new folder of the merged model")
+    output: Path = option(help="new folder for the merged model")
     method: Method = option("linear", "linear, or slerp (along the arc between the tensors of two models)")
-    weights: tuple[float, ...] = option((), "weight of each model, by default equal; they are scaled to the sum 1")
+    weights: tuple[float, ...] = option((), "weight of each model, by default equal; scaled to sum to 1")
     parts: tuple[str, ...] = option(
         (),
         "weights for a part, as PART:WEIGHT:WEIGHT with one weight per model; parts are embeddings, shared, experts, "
@@ -53,20 +53,21 @@ class MergeOptions(SuiteOptions, EncodingOptions):
     )
     choose: Literal["no", "greedy", "sweep", "parts"] = option(
         "no",
-        "choose weights on the dev data: greedy (add each model to the mean if the score does not fall), sweep (try "
-        "the weights of sweep= for the first of two models), or parts (the same, and then for one part after another)",
+        "choose weights on the dev data: greedy (add a model to the mean if the score does not fall), sweep (try the "
+        "weights in sweep= for the first of two models), or parts (like sweep, and then again for one part after "
+        "another)",
     )
     sweep: tuple[float, ...] = option(
-        tuple(i / 10 for i in range(11)), "weights of the first model to try", minimum=0, maximum=1
+        tuple(i / 10 for i in range(11)), "weights to try for the first model", minimum=0, maximum=1
     )
     dev: tuple[str, ...] = option(
         (),
-        "dev data: run (the collections of a model's run, the default of choose=) and TASK:FOLDER for any "
-        "folder in BEIR layout or of JSON lines. The score is the mean over all of them",
+        "dev data: run (collections of a model's run; the default with choose=), or TASK:FOLDER for a folder in BEIR "
+        "layout or with JSON lines. The score is the mean over all of them",
     )
     split: str = option("dev", "split of the dev data")
     benchmarks: tuple[str, ...] = option((), "further dev data: benchmarks of make eval")
-    metric: str = option("ndcg@10", "metric of the score, on data that define none")
+    metric: str = option("ndcg@10", "metric of the score, for dev data without its own metric")
     token_budget: int | None = token_budget_option()
 
 
@@ -96,7 +97,7 @@ def _check(options: MergeOptions) -> None:
     """Check the options, before any model is loaded."""
     check_metric(options.metric)
     if options.choose != "no" and (options.weights or options.parts):
-        raise UserError(f"weights, parts: cannot be set with choose={options.choose}, which chooses them")
+        raise UserError(f"weights, parts: leave them out, because choose={options.choose} finds them")
     options.check_suite()
     names = [name for name in options.model.split(",") if name]
     if len(set(names)) < max(2, len(names)):
@@ -110,7 +111,7 @@ def _check(options: MergeOptions) -> None:
 
 
 def _load(options: MergeOptions, names: Sequence[str], config: Config | None) -> dict[str, Encoder]:
-    """Load the models. Pretrained models get the tasks and the pooling of the first one."""
+    """Load the models. Pretrained models get the tasks and pooling of the first model."""
     members: dict[str, Encoder] = {}
     device, first = resolve_device(options.device), None
     for name in names:
@@ -139,7 +140,7 @@ def _dev_sets(options: MergeOptions, config: Config | None) -> list[Benchmark]:
     for name in named:
         task, colon, folder = name.partition(":")
         if not colon and name != "run":
-            raise UserError(f"dev: expected run or TASK:FOLDER, with commas between several, got {name!r}")
+            raise UserError(f"dev: expected run or TASK:FOLDER, separated by commas, got {name!r}")
         if not colon and config is None:
             raise UserError("dev: none of the models belongs to a run that has dev data; set dev=TASK:FOLDER")
         chosen = BenchmarkOptions(split=options.split, **({"beir": Path(folder), "task": task} if colon else {}))
@@ -149,14 +150,14 @@ def _dev_sets(options: MergeOptions, config: Config | None) -> list[Benchmark]:
         sets += suite_benchmarks(suite)
     names = [benchmark.name for benchmark in sets]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"dev: two sets have the name {twice}; rename one, because scores are stored by name")
+        raise UserError(f"dev: two dev sets are called {twice}; rename one, because scores are stored by name")
     return sets
 
 
 class Search:
-    """Finds the weights of a merge, and remembers what was tried.
+    """Finds the weights of a merge, and remembers which weights were tried.
 
-    trials: weights in words -> mean and scores, in the order in which they were tried.
+    trials: weights as text -> mean and scores, in the order of the trials.
     """
 
     def __init__(self, options: MergeOptions, members: Mapping[str, Encoder], sets: Sequence[Benchmark]):
@@ -164,7 +165,7 @@ class Search:
         self.trials: dict[str, dict[str, Any]] = {}
 
     def best(self) -> Weights:
-        """Return the weights of the options, or the best ones that were tried."""
+        """Return the weights set by the options, or the best weights that were tried."""
         options, count = self.options, len(self.members)
         if options.choose == "greedy":
             return greedy_soup(count, self.score)
@@ -177,7 +178,7 @@ class Search:
         return weights
 
     def score(self, weights: Weights) -> float:
-        """Return the mean metric over the dev sets with these weights. The same weights are evaluated once."""
+        """Return the mean metric over the dev sets with these weights. Equal weights are only evaluated once."""
         key = str(weights)
         if key not in self.trials:
             encoder = merge(self.members, weights, self.options.method)

@@ -37,16 +37,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class MineOptions(ExperimentOptions, EncodingOptions):
-    """Mine hard negatives for all tasks of an experiment. After a kill, the same command continues.
+    """Mine hard negatives for all tasks of an experiment. If the command is killed, running it again resumes.
 
-    The model scores the candidates; miners that need no vectors work without one. The experiment's keys mining.k,
-    mining.miner, ... set how to mine, and mining.judge how to relabel what was mined. With mining.store=FOLDER, the
+    The model scores the candidates; some miners work without a model. The experiment's keys mining.k, mining.miner and
+    so on set how to mine, and mining.judge sets how to relabel the mined negatives. With mining.store=FOLDER, the
     negatives of that store are relabelled, and nothing is mined.
     """
 
     output: Path = option(help="folder for the hard negatives and report.svg; train with mining.store=FOLDER")
     document_model: str = option(
-        "", "model that encodes the documents, if model= encodes only queries (asymmetric distillation)"
+        "", "model that encodes the documents, if model= only encodes queries (asymmetric distillation)"
     )
     vectors: Path | None = option(
         None, "folder for cached vectors, by default OUTPUT.vectors; you can delete it afterwards"
@@ -82,10 +82,10 @@ def mine(config: Config, options: MineOptions, vectors_folder: Path) -> None:
             documents = EncodingOptions(model=options.document_model, packages=options.packages)
             document_vectors = _cache(documents, config, mining, device)
     elif options.document_model:
-        raise UserError("document_model: expected together with model, which encodes the queries")
+        raise UserError("document_model: needs model= too, to encode the queries")
     elif mining.needs_encoder:
         raise UserError(
-            "model: required by this miner or margin; to mine without a model, choose a miner that needs none, and set "
+            "model: this miner or margin needs one; to mine without a model, choose another miner, and set "
             "mining.relative_margin=null mining.absolute_margin=null"
         )
     data = build_data(config, training=True)
@@ -115,8 +115,8 @@ def _relabel(config: Config, options: MineOptions, mining: Mining) -> None:
     """Relabel the negatives of mining.store on all ranks."""
     if not mining.judges or options.model or options.document_model:
         raise UserError(
-            "mining.store: make mine relabels its negatives, so it needs mining.judge and no model; leave mining.store "
-            "out to mine new ones"
+            "mining.store: make mine relabels the negatives of this store, so it needs mining.judge and no model; "
+            "leave mining.store out to mine new ones"
         )
     data = build_data(config, training=True)
     store, pools = data.rounds.at(0), data.pools()
@@ -135,7 +135,7 @@ def _relabel(config: Config, options: MineOptions, mining: Mining) -> None:
 def _is_done(output: Path, meta: dict[str, Any]) -> bool:
     """Return whether an intact store exists with its report.
 
-    Raises UserError if it was made with other settings, or if the output is something else.
+    Raises UserError if the store was mined with other settings, or if the output is not a store.
     """
     if not from_first_rank(output.exists()):
         return False
@@ -170,7 +170,7 @@ def _write(config: Config, options: MineOptions, mined: Mapping[str, Mined], met
 
 
 def _has_report(output: Path) -> bool:
-    """Return whether a mining has finished. One that was killed, or whose report is damaged, is repeated."""
+    """Return whether a mining has finished. It is repeated if it was killed, or if its report is damaged."""
     try:
         return bool(read_values(output / "report.json"))
     except UserError as error:

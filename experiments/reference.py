@@ -84,7 +84,7 @@ def reference() -> str:
 
 
 def _sections(schema: type, prefix: str = "") -> Iterator[str]:
-    """Yield the heading and table of a dataclass, then those of the dataclasses inside it."""
+    """Yield the heading and table of a dataclass, then of each dataclass inside it."""
     hints = get_type_hints(schema)
     rows, inner = [], []
     for field in dataclasses.fields(schema):
@@ -141,7 +141,7 @@ def _commands() -> Iterator[str]:
 
 def options_of(module: ModuleType) -> type | None:
     """Return the options of a command, the dataclass NAMEOptions in its module."""
-    for name, value in reversed(vars(module).items()):  # the last one: earlier ones may be its bases
+    for name, value in reversed(vars(module).items()):  # the last one, because earlier ones may be its bases
         if name.endswith("Options") and dataclasses.is_dataclass(value) and value.__module__ == module.__name__:
             return value
     return None

@@ -26,13 +26,15 @@ log = logging.getLogger(__name__)
 class ReportOptions:
     """Show a run as one HTML page: results, curves, experts, mined negatives, a map of papers, and failures.
 
-    Each figure on the page says which file it comes from, and where in the file. Incomplete runs get a report too.
+    Each figure on the page shows which file it comes from, and where in the file. It also works for incomplete runs.
     """
 
     run: Path = option(help="folder of the run, such as runs/moe-sample-seed0-1a2b3c", key="RUN")
     output: Path | None = option(None, "HTML file; by default report.html in the run's folder")
     map: int = option(400, "number of papers on the map, 0 for no map", minimum=0)
-    device: str = option("auto", "device that encodes the papers on the map: cpu, cuda or cuda:N; auto: a GPU if any")
+    device: str = option(
+        "auto", "device that encodes the papers on the map: cpu, cuda or cuda:N; auto: a GPU if there is one"
+    )
     packages: tuple[str, ...] = packages_option()
 
 
@@ -46,7 +48,9 @@ def main(arguments: Sequence[str]) -> None:
     except UserError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, UndefinedError) as error:
-        raise UserError(f"RUN: {run.path}: a file of the run is damaged or of another version ({error!r})") from error
+        raise UserError(
+            f"RUN: {run.path}: a file of the run is damaged, or another version wrote it ({error!r})"
+        ) from error
     with explained(f"output: cannot write {output}"):
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output.with_name(COMPUTED), run.computed)

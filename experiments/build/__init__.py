@@ -1,1 +1,1 @@
-"""From a configuration to objects."""
+"""Build objects from a configuration."""

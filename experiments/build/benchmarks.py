@@ -29,10 +29,10 @@ class SuiteOptions:
     """Benchmarks of a suite."""
 
     benchmarks: tuple[str, ...] = option(
-        (), "benchmarks of experiments/benchmarks: all, names, or prefixes such as scidocs*; list shows them"
+        (), "benchmarks of experiments/benchmarks: all, or names or prefixes such as scidocs*; list shows them"
     )
     data_root: Path | None = option(None, "folder that holds the data of the benchmarks", key="data.root")
-    suite: Path | None = option(None, "file of your own benchmarks, instead of experiments/benchmarks")
+    suite: Path | None = option(None, "file with your own benchmarks, instead of experiments/benchmarks")
 
     def check_suite(self) -> None:
         """Raise UserError unless these options fit together."""
@@ -41,7 +41,7 @@ class SuiteOptions:
         if self.suite and not self.benchmarks:
             raise UserError("suite: set benchmarks=all (or names of its benchmarks) and data.root=FOLDER")
         if bool(self.benchmarks) != bool(self.data_root):
-            raise UserError("benchmarks, data.root: set both, the benchmarks and the folder with their data")
+            raise UserError("benchmarks, data.root: set both (the benchmarks, and the folder with their data)")
 
 
 @dataclass(kw_only=True)
@@ -49,21 +49,21 @@ class BenchmarkOptions(SuiteOptions):
     """The data to evaluate on: benchmarks of a suite, a folder, or by default the collections of a run."""
 
     max_queries: int = option(
-        0, "maximum number of queries per benchmark, evenly spaced; changes the protocol; 0: all", minimum=0
+        0, "maximum number of queries per benchmark, evenly spaced (changes the protocol); 0: all", minimum=0
     )
     max_documents: int = option(
-        0, "number of documents per corpus, always with the relevant ones; changes the protocol; 0: all", minimum=0
+        0, "number of documents per corpus, including all relevant ones (changes the protocol); 0: all", minimum=0
     )
-    beir: Path | None = option(None, "folder in BEIR layout or of JSON lines; needs task=")
+    beir: Path | None = option(None, "folder in BEIR layout or with JSON lines; needs task=")
     task: str = option(
         "",
-        "task whose expert ranks. Required with beir=. With benchmarks=, replaces each benchmark's own. With neither, "
-        "the only task to evaluate",
+        "task whose expert ranks. Required with beir=. With benchmarks=, it replaces each benchmark's own task. With "
+        "neither, only this task is evaluated",
     )
     split: str = option(
         "test",
         "split of beir= or of the run's collections. With benchmarks=, a split other than test replaces each "
-        "benchmark's own and changes the protocol, to choose recipes on dev",
+        "benchmark's own split and changes the protocol: choose recipes on dev",
     )
     exclude: Literal["auto", "yes", "no"] = option(
         "auto",
@@ -73,7 +73,7 @@ class BenchmarkOptions(SuiteOptions):
     run: Path | None = option(None, "run whose collections to evaluate on, by default the model's")
     similarity: tuple[Literal["dot", "cosine", "l2"], ...] = option(
         (),
-        "similarity of vectors, or several; by default as the model was trained, else cosine. "
+        "similarity of vectors, or several; by default the one the model was trained with, else cosine. "
         "It changes the protocol of benchmarks with their own similarity",
     )
 
@@ -81,7 +81,7 @@ class BenchmarkOptions(SuiteOptions):
 def suite_benchmarks(options: BenchmarkOptions) -> Iterator[Benchmark]:
     """Yield the benchmarks of a suite one by one, since each may fill the memory.
 
-    Logs which of them lack data, and where to get the data. Raises UserError if one that was named lacks data.
+    Logs which benchmarks lack data, and where to get it. Raises UserError if the user named one of them.
     """
     suite = choose(load_suite([options.suite] if options.suite else ()), options.benchmarks)
     if options.split != "test":
@@ -91,13 +91,13 @@ def suite_benchmarks(options: BenchmarkOptions) -> Iterator[Benchmark]:
     if named := next((name for name in missing if name in options.benchmarks), None):
         raise UserError(f"{missing[named]}. {named} needs {suite[named].source}, below data.root")
     available = {name: config for name, config in suite.items() if name not in missing}
-    log.info("%d of %d benchmarks have their data in %s", len(available), len(suite), options.data_root)
+    log.info("%d of %d benchmarks have data in %s", len(available), len(suite), options.data_root)
     if missing:
         log.info("skipped for lack of data: %s", ", ".join(missing))
     for source in dict.fromkeys(suite[name].source for name in missing):
         log.info("  to get: %s", source or "see the suite's file")
     if not available:
-        raise UserError(f"data.root: {options.data_root} has the data of none of these benchmarks")
+        raise UserError(f"data.root: {options.data_root} has no data for any of these benchmarks")
     for name, config in available.items():
         benchmark = build_benchmark(name, config, collections, options.max_queries, options.max_documents)
         if options.similarity and benchmark.similarity:
@@ -114,7 +114,7 @@ def _on_split(name: str, config: BenchmarkConfig, split: str) -> BenchmarkConfig
 
 
 def collection_benchmarks(options: BenchmarkOptions, config: Config | None) -> list[Benchmark]:
-    """Return the benchmark of a folder, or the benchmarks of a run's collections. config: the run's, if any."""
+    """Return the benchmark of a folder, or the benchmarks of a run's collections. config: configuration of the run."""
     if options.beir:
         return [_folder_benchmark(options, config)]
     if config is None:
@@ -143,7 +143,7 @@ def _folder_benchmark(options: BenchmarkOptions, config: Config | None) -> Bench
         exclude = options.exclude == "yes"
     elif config and task in config.task:
         exclude = config.task[task].kind == "link_prediction"
-    else:  # ids are not enough: many collections number queries and documents alike
+    else:  # equal ids prove nothing: many collections use the same numbers for queries and documents
         exclude = all(collection.corpus.get(query) == document for query, document in queries.items())
     return Benchmark(
         name=name_of(folder),
@@ -158,7 +158,7 @@ def _folder_benchmark(options: BenchmarkOptions, config: Config | None) -> Bench
 
 
 class CollectionReader:
-    """Reads collections of benchmarks from a folder. It caches the last one, which the next often needs too."""
+    """Reads collections from a folder. It caches the last one, because the next benchmark often needs it too."""
 
     def __init__(self, root: Path):
         self.root, self.last_key, self.last = root, "", None
@@ -168,7 +168,7 @@ class CollectionReader:
         return instantiate(config.reader | paths, "reader")
 
     def missing(self, config: BenchmarkConfig) -> str | None:
-        """Return why the data cannot be read; None if they are complete."""
+        """Return why the data cannot be read, or None if they are complete."""
         try:
             files = self.reader(config).sources()
             if config.names_first == "published":
@@ -189,7 +189,7 @@ class CollectionReader:
 def build_benchmark(
     name: str, config: BenchmarkConfig, collections: CollectionReader, max_queries: int = 0, max_documents: int = 0
 ) -> Benchmark:
-    """Build a benchmark with its data. Maxima that apply change its protocol; 0 is none. Raises UserError."""
+    """Build a benchmark with its data. Exceeding a maximum changes the protocol; 0 is no maximum. Raises UserError."""
     with prefixed(f"{name}: "):
         collection = collections.read(config)
         queries, qrels = _merge_splits(collection, config.splits)
@@ -226,12 +226,12 @@ def build_benchmark(
 
 
 def _evenly_spaced(ids: Sequence[str], count: int) -> list[str]:
-    """Choose evenly spaced ids, because the first ones are often alike."""
+    """Choose evenly spaced ids, because the first ones are often similar."""
     return [ids[i * len(ids) // count] for i in range(count)] if count < len(ids) else list(ids)
 
 
 def _smaller_corpus(corpus: Mapping[str, Document], qrels: Qrels, count: int) -> dict[str, Document]:
-    """Keep the relevant documents and evenly spaced others, `count` in total, in corpus order."""
+    """Keep `count` documents in corpus order: all relevant ones, and evenly spaced others."""
     relevant = {id for grades in qrels.values() for id, grade in grades.items() if grade > 0 and id in corpus}
     others = [id for id in corpus if id not in relevant]
     kept = relevant.union(_evenly_spaced(others, max(0, count - len(relevant))))
@@ -243,7 +243,7 @@ def _merge_splits(collection: Collection, splits: Sequence[str]) -> tuple[dict[s
     qrels: dict[str, Mapping[str, int]] = {}
     for split in splits:
         if split not in collection.qrels:
-            raise UserError(f"splits: the data have no {split!r}; expected some of {', '.join(collection.qrels)}")
+            raise UserError(f"splits: the data have no split {split!r}; expected some of {', '.join(collection.qrels)}")
         if twice := next((query for query in collection.qrels[split] if query in qrels), None):
             raise UserError(f"splits: query {twice!r} is in two of {', '.join(splits)}")
         qrels |= collection.qrels[split]
@@ -253,7 +253,7 @@ def _merge_splits(collection: Collection, splits: Sequence[str]) -> tuple[dict[s
 def _candidates(
     config: BenchmarkConfig, corpus: Mapping[str, Document], queries: Mapping[str, Document], qrels: Qrels
 ) -> tuple[Mapping[str, Document], dict[str, list[str]] | None]:
-    """Return the documents to rank, and the candidates of each query if it has its own."""
+    """Return the documents to rank, and each query's candidates if queries have their own."""
     if config.candidates == "corpus":
         return corpus, None
     candidates = {query: [id for id in qrels[query] if id in corpus] for query in queries}

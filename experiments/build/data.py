@@ -1,4 +1,4 @@
-"""Build the data of an experiment and the schedule of its batches."""
+"""Build the data of an experiment, and the schedule of its batches."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def batch_options(config: Config) -> BatchOptions:
 
 
 def _needs_texts(objective: ObjectiveOptions) -> bool:
-    """Return whether a frozen model encodes the texts of each batch."""
+    """Return whether a frozen model must encode the texts of each batch."""
     encodes_batches = objective.vector_teacher.model and not objective.vector_teacher.cached
     return bool(objective.guide.model or objective.teacher.model or encodes_batches)
 
@@ -81,9 +81,9 @@ def batches_per_step(config: Config) -> int:
 
 
 def resolve_epochs(config: Config, data: MultiTaskDataModule) -> None:
-    """Set trainer.max_steps to the number of optimizer steps in trainer.max_epochs, if the latter is set.
+    """If trainer.max_epochs is set, set trainer.max_steps to the same number of optimizer steps.
 
-    data: data with the tokenizer, because the number of batches in tokens depends on it.
+    data: data that has the tokenizer, on which the number of batches depends if their size is in tokens.
     """
     settings = config.trainer
     if not settings.max_epochs:
@@ -92,7 +92,7 @@ def resolve_epochs(config: Config, data: MultiTaskDataModule) -> None:
     settings.max_steps = max(1, round(settings.max_epochs * batches / per_step))
     data.options = dataclasses.replace(data.options, num_batches=settings.max_steps * per_step)
     num_examples = sum(len(task.examples) for task in data.tasks)
-    message = "trainer.max_epochs=%g: passes over %d examples, in %d optimizer steps"
+    message = "trainer.max_epochs=%g: passes over %d examples in %d optimizer steps"
     log.info(message, settings.max_epochs, num_examples, settings.max_steps)
 
 
@@ -112,14 +112,14 @@ def _build_task(config: Config, name: str, task: TaskConfig, options: BatchOptio
 
 
 def _build_reader(config: Config, key: str, node: Mapping[str, Any]) -> Reader:
-    """Create the reader of a collection. Its own on_error overrides data.on_error. key: key of the node."""
+    """Create the reader of a collection. The collection's on_error overrides data.on_error. key: key of the node."""
     rank = launch.rank(max(config.trainer.devices, 1))
     name = f"quarantine-rank{rank}.jsonl" if rank else "quarantine.jsonl"  # all ranks read the same files
     return instantiate(node, key, on_error=config.data.on_error, quarantine=str(folder_of(config) / name))
 
 
 def check_folder(config: Config, task: str, name: str, node: Mapping[str, Any]) -> None:
-    """Raise UserError if the folder of a collection is missing. The message says which keys set it."""
+    """Raise UserError if the folder of a collection is missing. The message names the keys that set it."""
     folder = node.get("folder")
     if folder is None or Path(folder).exists():
         return
@@ -156,7 +156,7 @@ def warn_about_sample(config: Config, tasks: Sequence[TaskDataModule]) -> None:
             log.warning("  %s has only the sample: tasks=[%s] trains without this task", name, ",".join(with_own_data))
         elif synthetic:
             removals = " ".join(f"task.{name}.data.{key}=null" for key in sorted(synthetic))
-            log.warning("  %s: task.%s.data=FOLDER uses only your data, %s drops the sample", name, name, removals)
+            log.warning("  %s: task.%s.data=FOLDER uses only your data; %s drops the sample", name, name, removals)
 
 
 def _phases(config: Config, data: MultiTaskDataModule) -> tuple[Phase, ...]:
@@ -180,7 +180,7 @@ def _phases(config: Config, data: MultiTaskDataModule) -> tuple[Phase, ...]:
 
 
 def describe_schedule(config: Config, data: MultiTaskDataModule) -> dict[str, dict[str, float]]:
-    """Log the schedule. Return each task's number of batches, and of passes over its examples."""
+    """Log the schedule. Return each task's number of batches, and the number of passes over its examples."""
     schedule, num_batches, ranks = data.schedule(), data.options.num_batches, ranks_of(config)
     shares = {
         task: {

@@ -25,14 +25,14 @@ if TYPE_CHECKING:  # because Lightning takes seconds to import
 
 log = logging.getLogger(__name__)
 
-EXAMPLES = 20  # examples kept per set and way of comparing
+EXAMPLES = 20  # examples kept per set and matching method
 SPLITS = ("dev", "test")  # whose queries are compared with the training data
 VERSION = 3  # version of the cached files
 
 
 @dataclass
 class EvaluatedSet:
-    """A set of evaluation texts: its size, and its leaks (number and examples) by way of comparing."""
+    """A set of evaluation texts: its size, and the number and examples of its leaks by matching method."""
 
     documents: int
     overlaps: dict[str, int]
@@ -43,8 +43,10 @@ class EvaluatedSet:
 class Leaks:
     """Evaluation texts in the training data.
 
-    trained: number of training texts that were compared. sets: evaluated sets by name. queries: rows to drop as
-    queries, by task. documents: rows to drop as positives and hard negatives, by task.
+    trained: number of training texts compared.
+    sets: evaluated sets by name.
+    queries: by task, rows to drop as queries.
+    documents: by task, rows to drop as positives and hard negatives.
     """
 
     trained: int = 0
@@ -58,7 +60,7 @@ class Leaks:
 
 @dataclass(frozen=True)
 class Source:
-    """A set of evaluation texts. task: task whose queries they are, None for texts of corpora and other folders."""
+    """A set of evaluation texts. task: the task whose queries they are; None for corpora and other folders."""
 
     name: str
     documents: list[Document]
@@ -67,7 +69,7 @@ class Source:
 
     @property
     def ways(self) -> tuple[str, ...]:
-        """Ways of comparing. Ids only count within a collection: other collections may use the same numbers."""
+        """Matching methods. Ids only count within a collection, because other collections may use the same ids."""
         return ("id", "title", "text") if self.task else ("title", "text")
 
     def concerns(self, overlap: Overlap, task: TaskDataModule, row: int, is_query: bool) -> bool:
@@ -81,8 +83,8 @@ class Source:
 def find_leaks(tasks: Sequence[TaskDataModule], folders: Sequence[str] = (), corpora: bool = False) -> Leaks:
     """Compare the training data of all tasks with the evaluation data.
 
-    A task's dev and test queries are only compared with its training queries, since splits share documents by design.
-    Texts of other folders are compared with all texts that are trained on or may be mined.
+    A task's dev and test queries are only compared with its training queries, because splits share documents by design.
+    Texts of other folders are compared with all texts that training uses or mining may return.
 
     folders: evaluations in BEIR layout or JSON lines. corpora: also compare the corpora of collections without a train
     split, except labels, which are not secret.
@@ -129,7 +131,7 @@ def _summarize(source: Source, best: dict[tuple[str, str], dict[str, Overlap]]) 
 
 
 def _minable_rows(task: TaskDataModule) -> Iterator[int]:
-    """Yield the rows of the corpora of collections with training examples."""
+    """Yield the corpus rows of collections with training examples."""
     for part in task.parts:
         if len(part.table):
             yield from part.corpus_rows.tolist()
@@ -153,7 +155,7 @@ def _evaluated(tasks: Sequence[TaskDataModule], folders: Sequence[str], corpora:
 
 
 def _reader(folder: str) -> BeirReader | JsonlReader:
-    """Return the reader of an evaluation's folder. Raises UserError if the folder is missing or has no known layout."""
+    """Return the reader of an evaluation's folder. Raises UserError if the folder is missing or its layout unknown."""
     with prefixed("evaluation to compare with (data.leaks_in, or beir of make audit): "):
         reader = reader_class_of(folder)(folder)
         reader.sources()
@@ -188,19 +190,19 @@ def handle_leaks(config: DataConfig, tasks: Sequence[TaskDataModule], synthetic:
         return
     summary = f"evaluation texts are in the training data ({'; '.join(counts)})"
     if config.on_leak == "error":
-        raise UserError(f"{summary}. make audit shows them, data.on_leak=strip trains without them")
+        raise UserError(f"{summary}. make audit shows them; data.on_leak=strip trains without them")
     if config.on_leak == "warn":
-        log.warning("%s: make audit shows them, data.on_leak=strip trains without them", summary)
+        log.warning("%s: make audit shows them; data.on_leak=strip trains without them", summary)
         return
     log.info("%s", summary)
     for task in tasks:
         name, before = task.task.name, len(task.examples)
         task.strip(np.array(leaks.queries[name], dtype=np.int64), np.array(leaks.documents[name], dtype=np.int64))
-        log.info("  %s: %d of %d examples are left out because of leaks", name, before - len(task.examples), before)
+        log.info("  %s: leaving out %d of %d examples because of leaks", name, before - len(task.examples), before)
 
 
 def _cached_leaks(config: DataConfig, tasks: Sequence[TaskDataModule]) -> Leaks:
-    """Return the leaks, found once for the same data and then read from data.cache."""
+    """Return the leaks. They are computed once for the same data, and then read from data.cache."""
     if config.cache is None:
         return find_leaks(tasks, config.leaks_in)
     path = expanded(config.cache, "data.cache", ", or data.cache=null") / f"leaks-{_data_key(config, tasks)}.json"
@@ -220,7 +222,7 @@ def _cached_leaks(config: DataConfig, tasks: Sequence[TaskDataModule]) -> Leaks:
 
 
 def _data_key(config: DataConfig, tasks: Sequence[TaskDataModule]) -> str:
-    """Return a hash of the data to compare."""
+    """Return a hash of all data that is compared."""
     key = hashlib.blake2b(repr((VERSION, sorted(config.leaks_in))).encode(), digest_size=10)
     for task in tasks:
         fingerprints = {name: collection.fingerprint() for name, collection in task.collections.items()}

@@ -1,4 +1,4 @@
-"""Build the mining of hard negatives from the configuration, and give mined ones to the data."""
+"""Build the mining of hard negatives from the configuration, and pass mined negatives to the data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def add_rounds(config: Config, data: MultiTaskDataModule) -> None:
-    """Make the data use mined hard negatives, if the run has or will have any."""
+    """Make the data use mined hard negatives if the run has, or will have, any."""
     settings = config.mining
     if not (settings.store or settings.every_n_steps or settings.every_n_epochs):
         return
@@ -46,7 +46,7 @@ def steps_between(config: Config, data: MultiTaskDataModule, batches_per_step: i
 
 
 def build_mining(config: Config, vectors: Path, device: torch.device) -> Mining:
-    """Build the mining of all tasks. vectors: folder of cached vectors. device: device of the guide model."""
+    """Build the mining for all tasks. vectors: folder for cached vectors. device: device of the guide model."""
     settings = config.mining
     nodes = {task: settings.miners.get(task, settings.miner) for task in config.task}
     if not any(nodes.values()):
@@ -94,19 +94,21 @@ def build_mining_callback(
     if not every:
         if config.mining.judge or any(config.mining.judges.values()):
             raise UserError(
-                "mining.judge: this run mines nothing that could be judged; set mining.every_n_steps, or judge the "
+                "mining.judge: this run mines nothing, so there is nothing to judge; set mining.every_n_steps, or "
+                "judge the "
                 "negatives of a store with make mine mining.store=FOLDER mining.judge=..., and train on its output"
             )
         return []
     first = every if config.mining.first_step is None else config.mining.first_step
     if first >= max_steps:
         message = (
-            "mining.first_step: nothing is mined, as the first mining would be at step %d, but trainer.max_steps is %d"
+            "mining.first_step: nothing is mined, because the first mining would be at step %d, but trainer.max_steps "
+            "is %d"
         )
         log.warning(message, first, max_steps)
     mining = build_mining(config, folder / NEGATIVES / "vectors", device_of(config))
     for task in data.tasks:
         if not task.options.num_hard_negatives and task.task.name in mining.miners:
-            log.info("%s: not mined, because task.%s.num_hard_negatives is 0", task.task.name, task.task.name)
+            log.info("%s: not mined, because task.%s.num_hard_negatives=0", task.task.name, task.task.name)
             del mining.miners[task.task.name]
     return [HardNegativeMining(mining, first, every, config.mining.stop_at)]

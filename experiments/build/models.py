@@ -34,20 +34,20 @@ class ModelOptions:
 
     model: str = option(
         "",
-        "folder of a run, checkpoint, exported folder, or plain BERT (folder, name on the hub, or package:NAME of an "
-        "installed package)",
+        "run folder, checkpoint, exported folder, or plain BERT (folder, hub name, or package:NAME of an installed "
+        "package)",
     )
     backbone: str | None = option(
         None, "folder or hub name of the configuration and tokenizer, for a checkpoint of SciMult's authors or of DPR"
     )
     pooling: Literal["cls", "mean", "max", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"] | None = option(
-        None, "pooling of a plain model; by default that of its run or of its sentence-transformers files, else cls"
+        None, "pooling of a plain model; by default as in its run or its sentence-transformers files, else cls"
     )
-    tower: Literal["query", "document"] | None = option(None, "tower of a DPR checkpoint")
+    tower: Literal["query", "document"] | None = option(None, "tower of a DPR checkpoint to load")
     adapters: tuple[str, ...] = option(
         (),
         "task:FOLDER or task:HUB_NAME for each adapter of a plain model, as in SPECTER2; task.documents:FOLDER if "
-        "documents use a different adapter from queries",
+        "documents have an adapter of their own",
     )
     packages: tuple[str, ...] = packages_option()
 
@@ -62,9 +62,9 @@ class ModelOptions:
     def load(self, config: Config | None = None, *, task: str = "", like: Encoder | None = None) -> Encoder:
         """Return the encoder. Raises UserError if it cannot be loaded.
 
-        config: configuration of the model's run, whose pooling is the default of a plain model.
-        task: the only task of a plain model; by default it has the paper's three.
-        like: encoder from which a plain model takes its tasks and pooling.
+        config: configuration of the model's run; its pooling is the default for a plain model.
+        task: the only task of a plain model, by default the paper's three tasks.
+        like: encoder whose tasks and pooling a plain model takes.
         """
         if not self.model:
             raise UserError("model: required, folder of a run, checkpoint, exported folder, or plain model")
@@ -89,7 +89,7 @@ class ModelOptions:
 
 @dataclass(kw_only=True)
 class EncodingOptions(ModelOptions):
-    """Which model to load, and where it computes."""
+    """Which model to load, and on which device."""
 
     device: str = option("auto", "device of the model: cpu, cuda or cuda:N; auto: a GPU if there is one")
 
@@ -110,12 +110,12 @@ def token_budget_option() -> Any:
 
 
 def default_similarity(encoder: Encoder, config: Config | None) -> str:
-    """Return the similarity that an encoder was trained with, according to its files or its run; else cosine."""
+    """Return the similarity that an encoder was trained with, according to its files or its run. Default: cosine."""
     return encoder.similarity or (config.objective.similarity if config else "cosine")
 
 
 def device_of(config: Config) -> torch.device:
-    """Return the device that this process trains an experiment on."""
+    """Return the device on which this process trains."""
     return torch.device("cpu") if config.trainer.accelerator == "cpu" else default_device(launch.local_rank())
 
 
@@ -126,11 +126,13 @@ def ranks_of(config: Config) -> int:
 
 
 def _resolve(model: str) -> str:
-    """Return the folder of a package:NAME, and any other model unchanged.
+    """Resolve package:NAME to a folder, and return any other model unchanged.
 
     Raises UserError for a package that is not installed, or a run that does not exist.
     """
-    if Path(model).parts[:1] == ("runs",) and not Path(model).exists():  # other names may be on the hub
+    if (
+        Path(model).parts[:1] == ("runs",) and not Path(model).exists()
+    ):  # any other missing path may be a name on the hub
         raise UserError(f"model: {model} does not exist. {existing_runs()}")
     return installed(model)
 
@@ -139,8 +141,10 @@ def _resolve(model: str) -> str:
 class System:
     """A model under evaluation.
 
-    name: its name in tables and file names. model: path or name that it was loaded from.
-    encoder, vectors: None for BM25. similarity: "dot", "cosine" or "l2", for benchmarks without their own.
+    name: name in tables and file names.
+    model: path or name that the model was loaded from.
+    encoder, vectors: None for BM25.
+    similarity: "dot", "cosine" or "l2", for benchmarks without their own.
     document_vectors: vectors of the documents, if another model encodes them.
     """
 
@@ -157,7 +161,7 @@ class System:
     def obstacle(self, benchmark: Benchmark) -> str:
         """Return why the system cannot be evaluated on a benchmark, or "" if it can."""
         if self.encoder is None:
-            return f"{self.name} has no vectors for a linear model" if benchmark.training is not None else ""
+            return f"{self.name} has no vectors, which a linear model needs" if benchmark.training is not None else ""
         if benchmark.task not in self.encoder.tasks:
             tasks = ", ".join(self.encoder.tasks)
             return f"unknown task {benchmark.task!r}: the tasks of {self.name} are {tasks}"
@@ -175,14 +179,15 @@ def load_systems(
     vectors_folder: Path | None = None,
     document_model: EncodingOptions | None = None,
 ) -> list[System]:
-    """Load the models, on their devices. Each becomes a system under every similarity.
+    """Load the models on their devices. Each model becomes one system per similarity.
 
-    models: name in tables -> model; "bm25" is not loaded. config: configuration of the model's run, if any.
+    models: name in tables -> model; "bm25" is not loaded.
+    config: configuration of the model's run, if any.
     similarities: similarities to compare, by default each model's own.
-    task: the only task of a plain model, which by default has the paper's three.
+    task: the only task of a plain model, by default the paper's three tasks.
     max_length: maximum number of tokens of a text, by default the model's.
-    vectors_folder: folder in which vectors are kept.
-    document_model: model that encodes the documents, for encoders of queries.
+    vectors_folder: folder for cached vectors.
+    document_model: model that encodes the documents, if `models` only encode queries.
     """
     systems, document_vectors = [], None
     if document_model is not None:
@@ -205,7 +210,7 @@ def load_systems(
 
 
 def short_name(model: str) -> str:
-    """Return a short name for a model: the stem of its path, with digits that tell equal stems apart."""
+    """Return a short name for a model: the stem of its path, with digits to tell equal stems apart."""
     if not Path(model).exists():
         return shortened(model.removeprefix(PACKAGE).replace("/", "-"))
     digits = hashlib.blake2b(os.fsencode(Path(model).resolve()), digest_size=3).hexdigest()
@@ -213,5 +218,5 @@ def short_name(model: str) -> str:
 
 
 def stem(model: str) -> str:
-    """Return the stem of a model's path, also for paths such as . and .."""
+    """Return the stem of a model's path, even if the path is . or .."""
     return shortened(Path(name_of(model)).stem)

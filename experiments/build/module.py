@@ -48,7 +48,7 @@ from lightning_modules.retrieval.compute import describe_device
 
 log = logging.getLogger(__name__)
 
-NEAREST_BATCHES = 8  # batches that decide which expert a new task starts from
+NEAREST_BATCHES = 8  # number of batches that decide which expert a new task copies
 
 
 def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
@@ -73,11 +73,13 @@ def build_module(config: Config, data: MultiTaskDataModule) -> ContrastiveModule
 
 
 def build_encoder(config: Config, texts: Iterable[Document]) -> Encoder:
-    """Build the encoder of the experiment. texts: training texts, from which a random backbone takes its vocabulary."""
+    """Build the encoder of the experiment. texts: training texts, which give a random backbone its vocabulary."""
     allowed = config.extend.packages
     source = load_encoder(config.init_from, key="init_from", packages=allowed) if config.init_from else None
     if source is not None:
-        log.info("init_from provides backbone and tokenizer; backbone.name, .config and .vocab_size are ignored")
+        log.info(
+            "init_from provides the backbone and the tokenizer; backbone.name, .config and .vocab_size are ignored"
+        )
         shape, tokenizer = source.backbone.config, source.tokenizer
         backbone = AutoModel.from_config(shape, **options_of(shape))  # random weights, until continue_from
     else:
@@ -106,7 +108,7 @@ def _add_lora(config: Config, encoder: Encoder) -> None:
 
 
 def start_of(config: Config) -> str | None:
-    """Return the model that an experiment starts from: an absolute path, hub name or package:NAME; None if random."""
+    """Return the model an experiment starts from: an absolute path, hub name or package:NAME, or None if random."""
     name = config.extend.model or config.init_from or config.backbone.name
     if not name or (name.startswith(PACKAGE) and package_folder(name) is None):
         return None
@@ -159,7 +161,7 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
 
 
 def _nearest_tasks(config: Config, data: MultiTaskDataModule, encoder: Encoder) -> dict[str, str]:
-    """Return the nearest task of the encoder for each new task: the one with the lowest loss on its first batches."""
+    """Return, for each new task, the encoder's task with the lowest loss on the new task's first batches."""
     without_teacher = dataclasses.replace(config.objective, vector_teacher=VectorTeacherOptions())
     module = _training_module(config, encoder, without_teacher).to(device_of(config))
     nearest, experts = {}, set()
@@ -188,7 +190,7 @@ def check_lengths(config: Config, encoder: Encoder) -> None:
 
 
 def check_same_encoder(config: Config, encoder: Encoder) -> None:
-    """Raise UserError if the experiment describes a different encoder than extend.model, or another similarity."""
+    """Raise UserError if the experiment's encoder or similarity differs from extend.model's."""
     similarity = encoder.similarity
     if similarity not in (None, config.objective.similarity):
         raise UserError(
@@ -205,7 +207,7 @@ def check_same_encoder(config: Config, encoder: Encoder) -> None:
 
 
 def first_batches(task: TaskDataModule, tokenizer: PreTrainedTokenizerBase, count: int) -> list[ContrastiveBatch]:
-    """Return the first batches of training this task alone."""
+    """Return the first batches that training this task alone would use."""
     task.tokenizer, options = tokenizer, task.options
     task.options = dataclasses.replace(options, num_batches=count, num_workers=0)
     batches = list(task.train_dataloader())
@@ -214,7 +216,7 @@ def first_batches(task: TaskDataModule, tokenizer: PreTrainedTokenizerBase, coun
 
 
 def _training_module(config: Config, encoder: Encoder, objective: ObjectiveOptions | None = None) -> ContrastiveModule:
-    """Build the module. objective: by default that of the experiment, with its further losses."""
+    """Build the module. objective: by default, the experiment's objective with its further losses."""
     losses = _build_losses(config, encoder) if objective is None else None
     objective = objective or config.objective
     check_objective(objective, list(config.task), "objective.", encoder.dimension)
@@ -254,10 +256,10 @@ def _build_losses(config: Config, encoder: Encoder) -> dict[str, AuxiliaryLoss]:
 
 
 def describe_parameters(module: ContrastiveModule) -> str:
-    """Return a line about the number of parameters that are trained."""
+    """Return a line that says how many parameters are trained."""
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in module.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
-    return f"{trained:,} of {total:,} parameters are trained ({trained / total:.2%})"
+    return f"training {trained:,} of {total:,} parameters ({trained / total:.2%})"
 
 
 def _load_frozen(

@@ -1,6 +1,6 @@
-"""Benchmarks as data: the files in experiments/benchmarks, or one of your own.
+"""Benchmark files: those in experiments/benchmarks, or your own.
 
-A file is a family of benchmarks (see Family):
+A file has a family of benchmarks (see Family):
 
     source: where to get the data, and how to lay them out below data.root
     defaults: {keys of BenchmarkConfig}
@@ -39,7 +39,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 @dataclass
 class Family:
-    """A file in experiments/benchmarks: benchmarks that share settings."""
+    """A file of benchmarks that share settings."""
 
     source: str = option("", "where the data come from")
     defaults: dict[str, Any] = option({}, "settings of all benchmarks of the file")
@@ -50,16 +50,16 @@ class Family:
 class BenchmarkConfig:
     """The data and the protocol of a benchmark."""
 
-    protocol: str = option(MISSING, "id of the protocol; another way of ranking or measuring needs another id")
+    protocol: str = option(MISSING, "id of the protocol; change it when ranking or measuring changes")
     task: str = option(MISSING, "task whose expert ranks")
-    reader: Any = option(MISSING, "reader of the data, a node with _target_; its folder is below data.root")
-    splits: list[str] = option(["test"], "splits of the queries; several are merged")
+    reader: Any = option(MISSING, "reader of the data, a _target_ node whose folder is below data.root")
+    splits: list[str] = option(["test"], "splits with the queries; several are merged")
     metrics: list[str] = option(MISSING, "metrics, the main one first")
     candidates: str = option(
         "corpus", "documents ranked for a query: the whole corpus, or only judged documents", choices=("corpus", "own")
     )
-    exclude_query: bool = option(False, "leave the document with the query's id out of its ranking")
-    train_on: list[str] = option([], "splits that a linear model learns from; without them documents are ranked")
+    exclude_query: bool = option(False, "leave the document with the query's id out of the ranking")
+    train_on: list[str] = option([], "splits that a linear model learns from; if empty, documents are ranked")
     probe: Probe = field(default_factory=Probe, metadata={"help": "what the linear model learns, and how"})
     names_first: str = option(
         "no",
@@ -67,14 +67,14 @@ class BenchmarkConfig:
         choices=("no", "published", "words"),
     )
     documents: str = option(
-        "whole", "text of a document: title and text, or the title only", choices=("whole", "title")
+        "whole", "text of a document: title and text, or only the title", choices=("whole", "title")
     )
     similarity: str = option("", "similarity of vectors, by default the model's own", choices=("", *SIMILARITIES))
     without_relevant: str = option(
         "skip", "queries without relevant documents: leave them out, count 0, or fail", choices=WITHOUT_RELEVANT
     )
-    source: str = option("", "where to get the data, if not from the source of the family")
-    note: str = option("", "how it differs from similar benchmarks")
+    source: str = option("", "where to get the data, if not from the family's source")
+    note: str = option("", "how this benchmark differs from similar ones")
 
 
 def load_suite(paths: Iterable[Path] = ()) -> dict[str, BenchmarkConfig]:
@@ -110,10 +110,14 @@ def _read_family(path: Path) -> dict[str, BenchmarkConfig]:
 
 def _read_benchmark(path: Path, family: DictConfig, name: str) -> BenchmarkConfig:
     if not re.fullmatch(r"[a-z0-9_]+", str(name)):
-        raise UserError(f"{path}: benchmark {name!r}: expected a name of a to z, digits and _, since it names files")
+        raise UserError(
+            f"{path}: benchmark {name!r}: expected a name of a to z, digits and _, because it becomes a file name"
+        )
     layers = [{"source": family.get("source", "")}, family.get("defaults"), family.benchmarks[name]]
     if not all(isinstance(layer, DictConfig | dict | None) for layer in layers):
-        raise UserError(f"{path}: benchmark {name!r}: expected settings under its name and under defaults, got a value")
+        raise UserError(
+            f"{path}: benchmark {name!r}: expected a mapping under its name and under defaults, got a value"
+        )
     config = structured(BenchmarkConfig, [OmegaConf.create(layer or {}) for layer in layers], str(path), f"{name}.")
     with prefixed(f"{path}: {name}."):
         _check(config)
@@ -130,7 +134,7 @@ def _check(config: BenchmarkConfig) -> None:
         check_metric(metric, config.probe.learns if config.train_on else "ranking")
     _check_probe(config.probe, bool(config.train_on))
     if config.names_first == "published" and "SciMultReader" not in config.reader["_target_"]:
-        raise UserError("names_first: published needs reader=SciMultReader; words works with any reader")
+        raise UserError("names_first: published needs reader=SciMultReader; set it, or names_first=words")
 
 
 def _check_probe(probe: Probe, used: bool) -> None:

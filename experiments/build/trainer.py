@@ -40,7 +40,7 @@ from lightning_modules.task_balance import GradNorm, GramianBalance, PCGrad
 
 log = logging.getLogger(__name__)
 
-# TF32 is a setting of matrix products (matrix_products_in), which Lightning does not know.
+# TF32 is a setting of matrix products (see matrix_products_in) that Lightning does not know.
 LIGHTNING_PRECISIONS = {"fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 # Compiling takes about a minute. It saves 8 of 60 ms in a step of BERT-base with 64 pairs and a hard negative (H100).
@@ -54,8 +54,8 @@ def on_a_terminal() -> bool:
 def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> list[L.Callback]:
     """Create the callbacks of a run.
 
-    The average of the weights comes first, so that the others use it with the current step. The checkpoint comes after
-    the evaluation and the user's callbacks, so that it contains their state.
+    The average of the weights comes first, so that the other callbacks see it updated for the current step. The
+    checkpoint comes after the evaluation and the user's callbacks, so that it contains their state.
     """
     settings = config.trainer
     callbacks: list[L.Callback] = [
@@ -83,7 +83,7 @@ def build_callbacks(config: Config, data: MultiTaskDataModule, folder: Path) -> 
 
 
 def build_balance(config: Config) -> list[L.Callback]:
-    """Create the callback of objective.balance. Learned weights need none."""
+    """Create the callback for objective.balance. Learned weights do not need one."""
     objective, steps = config.objective, config.trainer.log_every_n_steps
     match objective.balance:
         case "dwa":
@@ -115,7 +115,7 @@ def _build_evaluation(config: Config, data: MultiTaskDataModule, folder: Path) -
 
 
 def _check_monitor(key: str, callback: L.Callback, evaluation: Evaluation | None) -> None:
-    """Raise UserError for a callback of Lightning that monitors an unknown metric, or minimises one."""
+    """Raise UserError if a callback of Lightning monitors an unknown metric, or minimises it."""
     monitor = getattr(callback, "monitor", None)
     if not isinstance(callback, EarlyStopping | ModelCheckpoint) or monitor is None:
         return
@@ -132,7 +132,7 @@ def _check_monitor(key: str, callback: L.Callback, evaluation: Evaluation | None
 def precision_of(config: Config, recorded: str | None = None) -> str:
     """Return the precision of a run on this machine: "fp32", "tf32", "bf16" or "fp16".
 
-    recorded: the precision that a resumed run began with, and keeps.
+    recorded: the precision a resumed run started with, which it keeps.
     """
     return resolve_precision(recorded or config.trainer.precision, device_of(config))
 
@@ -147,12 +147,12 @@ def compiles(config: Config) -> bool:
 
 
 def warn_about_cores(config: Config) -> None:
-    """Warn if trainer.devices exceeds the number of cores, and there is no GPU."""
+    """Warn if trainer.devices exceeds the number of cores and there is no GPU."""
     cores = available_cores()
     on_cpu, devices = config.trainer.accelerator == "cpu" or not torch.cuda.is_available(), config.trainer.devices
     if on_cpu and devices > cores:
         log.warning("trainer.devices=%d: without GPUs, that many processes share %d cores", devices, cores)
-        log.warning("  trainer.devices=1 uses all cores in one process, which takes less time and memory")
+        log.warning("  trainer.devices=1 uses all cores in one process, which is faster and needs less memory")
 
 
 def build_trainer(
@@ -167,7 +167,7 @@ def build_trainer(
     settings = config.trainer
     lightning_precision: str | None = LIGHTNING_PRECISIONS[precision]
     plugins = [SafeCheckpointIO(folder / LAST, config.checkpoint.keep), *_environment(config)]
-    if precision == "fp16" and device_of(config).type == "cpu":  # Lightning alone would compute in bf16
+    if precision == "fp16" and device_of(config).type == "cpu":  # Lightning would compute in bf16
         lightning_precision, plugins = None, [MixedPrecision("16-mixed", "cpu"), *plugins]
     return L.Trainer(
         default_root_dir=folder,
@@ -183,7 +183,7 @@ def build_trainer(
         callbacks=callbacks,
         logger=loggers,
         plugins=plugins,
-        # LastCheckpoint and Evaluation write the checkpoints; Lightning would add a callback of its own.
+        # LastCheckpoint and Evaluation write the checkpoints. By default, Lightning would add its own callback.
         enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=on_a_terminal(),
         enable_model_summary=False,
@@ -203,7 +203,7 @@ def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
     # In a batch of one task, the parameters of other tasks get no gradient.
     has_task_parameters = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
     idle = len(config.tasks) > 1 and (encoder.has_idle_parameters or has_task_parameters)
-    # Buffers are equal on all ranks already, and tables of features are large.
+    # Buffers are the same on all ranks already, and tables of features are large.
     return DDPStrategy(find_unused_parameters=idle, broadcast_buffers=False)
 
 

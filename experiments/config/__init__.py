@@ -1,1 +1,1 @@
-"""What an experiment is made of: every key, where its value comes from, and what it may be."""
+"""Configuration of experiments: all keys, the files that set them, and the values they may have."""

@@ -30,7 +30,7 @@ def parse(options: type[T], arguments: Sequence[str]) -> T:
     """
     _print_help(options, arguments)
     values, rest = _values(options, arguments)
-    if rest:  # before a required key is missed, which may be the one that was meant
+    if rest:  # first, because the unknown key may be a misspelt required key
         word, equals, _ = rest[0].partition("=")
         if not equals:
             raise UserError(f"command line: expected key=value, got {word!r}")
@@ -49,13 +49,13 @@ def parse_known(options: type[T], arguments: Sequence[str], further: type | None
 
 
 def _values(options: type, arguments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Return the values of the options by name of their field, and the arguments that are not options."""
+    """Return field name -> value for the options, and the arguments that are not options."""
     hints, values, rest = get_type_hints(options), {}, list(arguments)
     fields = {option_key(field): field for field in dataclasses.fields(options)}
     for field in fields.values():
         if not field.metadata.get("positional"):
             continue
-        if get_origin(hints[field.name]) is tuple:  # paths, which may have commas
+        if get_origin(hints[field.name]) is tuple:  # paths may contain commas
             values[field.name] = tuple(word for word in rest if "=" not in word)
             rest = [word for word in rest if "=" in word]
         elif rest and "=" not in rest[0]:
@@ -80,9 +80,10 @@ def _checked(options: type[T], values: Mapping[str, Any]) -> T:
 
 
 def named_values(key: str, texts: Iterable[str], expected: str, optional: bool = False) -> dict[str, str]:
-    """Return NAME -> VALUE from texts such as NAME:VALUE. Raises UserError for other texts, and for two of one name.
+    """Return NAME -> VALUE from texts such as NAME:VALUE. Raises UserError for other texts, or if a name has two
+    values.
 
-    expected: the form of a text, for the message. optional: whether :VALUE may be left out; the value is then "".
+    expected: form of a text, for the message. optional: whether :VALUE may be left out; the value is then "".
     """
     values: dict[str, str] = {}
     for text in texts:
@@ -105,12 +106,12 @@ def _print_help(options: type, arguments: Sequence[str], further: type | None = 
         say(usage(options))
         if further:
             lines = option_lines(further)
-            say("\n".join(["", "keys of the experiment (--cfg prints their values, and stops):", "", *lines]))
+            say("\n".join(["", "keys of the experiment (--cfg prints their values and stops):", "", *lines]))
         sys.exit(0)
 
 
 def usage(options: type) -> str:
-    """Return the text of --help: what the command does, and each option with its type, default and meaning."""
+    """Return the text of --help: what the command does, and the type, default and meaning of each option."""
     positional = "".join(
         f" {option_key(field).upper()}" for field in dataclasses.fields(options) if field.metadata.get("positional")
     )
@@ -119,7 +120,7 @@ def usage(options: type) -> str:
 
 
 def option_lines(options: type, prefix: str = "") -> Iterator[str]:
-    """Yield two lines for each option of a dataclass, at any depth. prefix: path of the options, such as "optim."."""
+    """Yield two lines per option of a dataclass, including nested ones. prefix: path of the options ("optim.")."""
     hints, width = get_type_hints(options), min(shutil.get_terminal_size().columns, 120)
     for field in dataclasses.fields(options):
         key, hint, default = prefix + option_key(field), hints[field.name], default_of(field)
@@ -145,7 +146,7 @@ def nested_options(hint: Any) -> tuple[type | None, str]:
 
 
 def command_of(options: type) -> str:
-    """Return how to start the running command: scimult train, or python -m experiments.train."""
+    """Return how the user started this command: scimult train, or python -m experiments.train."""
     name = getattr(getattr(sys.modules["__main__"], "__spec__", None), "name", None) or options.__module__
     if len(sys.orig_argv) > 2 and Path(sys.orig_argv[1]).stem == "scimult":
         return f"scimult {sys.orig_argv[2]}"
@@ -201,5 +202,5 @@ def _convert(key: str, hint: Any, text: str) -> Any:
             kind = "a whole number" if hint is int else "a number"
             raise UserError(f"{key}: expected {kind}, got {text!r}") from None
     if hint is Path and not text:
-        raise UserError(f"{key}: expected a path, got nothing")
+        raise UserError(f"{key}: expected a path, got an empty value")
     return text if origin is Literal else hint(text)

@@ -1,8 +1,8 @@
-"""Load an experiment: its keys are set by files in a fixed order, then by the command line, and checked.
+"""Load an experiment. Files set its keys in a fixed order, then the command line, and then all are checked.
 
     schema <- base.yaml <- scale/<SCALE>.yaml <- tasks/*.yaml <- <EXPERIMENT>.yaml <- key=value
 
-Fixed keys are fields in schema.py. Encoder, callbacks, miners and readers are nodes with `_target_` (targets.py), so
+Fixed keys are fields in schema.py. Encoders, callbacks, miners and readers are nodes with `_target_` (targets.py), so
 users can add their own. The result is plain dataclasses. A run saves it as config.yaml in its folder.
 """
 
@@ -44,16 +44,16 @@ from experiments.shared.plain import say
 log = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parents[1]
-# Folder with the Makefile. Outside the source tree there is none, and commands work in the current folder.
+# The folder with the Makefile. Outside the source tree, commands work in the current folder instead.
 ROOT = FOLDER.parent if (FOLDER.parent / "Makefile").is_file() else Path.cwd()
-RESERVED = ("base",)  # YAML files next to the experiments that are not experiments
-EXPERIMENT_VARIABLES = ("EXP", "SCALE", "EXTRAS")  # variables of every make target that takes an experiment
+RESERVED = ("base",)  # YAML files in this folder that are not experiments
+EXPERIMENT_VARIABLES = ("EXP", "SCALE", "EXTRAS")  # variables of all make targets that take an experiment
 
 # Files of a run, relative to its folder.
 LAST = Path("checkpoints", "last.ckpt")
 BEST = Path("checkpoints", "best.ckpt")
 START, MERGED = Path("checkpoints", "start.ckpt"), Path("checkpoints", "merged.ckpt")
-EXPERTS = "experts.svg"  # latest picture of tasks and experts
+EXPERTS = "experts.svg"  # latest plot of tasks and experts
 NEGATIVES = "negatives"  # mined hard negatives
 
 
@@ -61,7 +61,9 @@ NEGATIVES = "negatives"  # mined hard negatives
 class ExperimentOptions:
     """Options of a command that takes an experiment."""
 
-    experiment: str = option(help="name of a file in experiments/, such as moe, or path of your own", positional=True)
+    experiment: str = option(
+        help="name of a file in experiments/, such as moe, or the path of your own file", positional=True
+    )
 
 
 T = TypeVar("T", bound=ExperimentOptions)
@@ -74,7 +76,7 @@ def parse_experiment(options: type[T], arguments: Sequence[str]) -> tuple[T, Con
 
 
 def parse_overrides(options: type[T], arguments: Sequence[str]) -> tuple[T, list[str]]:
-    """Return a command's options, and the other arguments. These are keys of the experiment, not checked yet.
+    """Return a command's options, and the other arguments, which set keys of the experiment and are not checked yet.
 
     With --cfg, print the resolved configuration and exit.
     """
@@ -83,7 +85,7 @@ def parse_overrides(options: type[T], arguments: Sequence[str]) -> tuple[T, list
         example = f"{command_of(options)} moe"
         raise UserError(f"experiment: expected one of {', '.join(experiments())} as first argument ({example})")
     parsed, overrides = parse_known(options, arguments, Config)
-    if packages := getattr(parsed, "packages", ()):  # an option of commands that load a model, and a key
+    if packages := getattr(parsed, "packages", ()):  # both an option of commands that load a model, and a key
         overrides.append(f"extend.packages=[{','.join(packages)}]")
     if only_shows:
         config = load_config(parsed.experiment, overrides, option_keys(options))
@@ -97,10 +99,10 @@ def load_config(
 ) -> Config:
     """Load the configuration of an experiment.
 
-    overrides: key=value arguments. others: options of the command, to suggest for a misspelt key.
-    checks_classes: whether to check this machine and all classes that `_target_` names, which imports torch. Commands
-        that only show settings skip it: it does not change the settings.
-    Raises UserError that names file and key, what is wrong, and what is expected.
+    overrides: key=value arguments. others: options of the command, to suggest if a key is misspelt.
+    checks_classes: whether to check this machine and all `_target_` classes, which imports torch. The checks do not
+        change settings, so commands that only show settings skip them.
+    Raises UserError with the file, the key, what is wrong, and what is expected.
     """
     for text in overrides:
         check_override(text)
@@ -136,7 +138,7 @@ def load_config(
 def from_dict(settings: Mapping[str, Any], source: str, packages: Sequence[str] = ()) -> Config:
     """Rebuild a configuration from the output of as_dict.
 
-    source: name of its file, for errors. packages: packages that the user allows now; those in the file do not count.
+    source: file name, for errors. packages: packages that the user allows now; those in the file do not count.
     """
     extend = settings.get("extend", {})
     if isinstance(extend, Mapping):
@@ -145,12 +147,12 @@ def from_dict(settings: Mapping[str, Any], source: str, packages: Sequence[str] 
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Return the configuration in plain containers."""
+    """Return the configuration as plain dicts and lists."""
     return dataclasses.asdict(config)
 
 
 def digest(config: Config) -> str:
-    """Return a hash of the configuration, six characters long. The run's folder and loggers do not count."""
+    """Return a hash of the configuration, six characters long. It ignores the run's folder and loggers."""
     settings = as_dict(config)
     settings["extend"].pop("packages")  # permission, not a setting
     settings["run"].pop("dir"), settings["run"].pop("resume"), settings.pop("wandb"), settings.pop("loggers")
@@ -161,7 +163,7 @@ def digest(config: Config) -> str:
 
 
 def folder_of(config: Config) -> Path:
-    """Return the folder of a run: run.dir, or that of a W&B trial, or one named by a hash of the configuration."""
+    """Return the folder of a run: run.dir, the folder of a W&B trial, or one named by a hash of the configuration."""
     if config.run.dir:
         return Path(config.run.dir)
     if "WANDB_SWEEP_ID" in os.environ and "WANDB_RUN_ID" in os.environ:
@@ -173,17 +175,17 @@ def folder_of(config: Config) -> Path:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a run's config.yaml in plain containers. Classes that have moved get their present paths."""
+    """Return a run's config.yaml as plain dicts and lists. Classes that have moved get their new paths."""
     file = path / "config.yaml"
     try:
         text = yaml_text(file)
-        if "${" in text:  # a saved configuration is resolved, and references can expand without end
+        if "${" in text:  # a saved configuration has no references, which could expand forever
             raise yaml.YAMLError("contains a reference, ${...}")
         settings = yaml.load(text, Loader=LOADER)
         if not isinstance(settings, dict):
             raise yaml.YAMLError("it has no keys")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        advice = "The command that trained the run prints this file if you add --cfg (python -m experiments.train)."
+        advice = "To get this file again, add --cfg to the command that trained the run (python -m experiments.train)."
         raise UserError(f"{file}: cannot be read ({error}). {advice}") from error
     return _with_current_paths(settings)
 
@@ -198,7 +200,7 @@ def _with_current_paths(node: Any) -> Any:
 
 
 def yaml_names(folder: Path, reserved: Sequence[str] = ()) -> list[str]:
-    """Return the names of a folder's YAML files, without .yaml."""
+    """Return the names of a folder's YAML files without .yaml."""
     return sorted(path.stem for path in folder.glob("*.yaml") if path.stem not in reserved)
 
 
@@ -211,7 +213,7 @@ def scales(folders: Sequence[Path] = (FOLDER,)) -> list[str]:
 
 
 def experiment_file(experiment: str) -> Path:
-    """Return the file of an experiment, a name or a path. Raises UserError if there is none."""
+    """Return the file of an experiment, which is a name or a path. Raises UserError if the file does not exist."""
     path = Path(experiment)
     if path.suffix in (".yaml", ".yml"):
         if not path.exists():
@@ -223,7 +225,7 @@ def experiment_file(experiment: str) -> Path:
 
 
 def folders_of(experiment: str) -> list[Path]:
-    """Return the folders with scale/, tasks/ and sweeps/ for an experiment: ours, then that of the user's own file."""
+    """Return the folders with scale/, tasks/ and sweeps/: ours, then the folder of the user's own experiment."""
     folder = experiment_file(experiment).parent
     return list(dict.fromkeys([FOLDER, folder]))
 
@@ -238,7 +240,7 @@ def _check_known(what: str, name: str, expected: Sequence[str]) -> None:
 
 
 def _read_tasks(scale: str, folders: Sequence[Path]) -> tuple[list[tuple[str, DictConfig]], dict[str, UserError]]:
-    """Read all task files. Return (file, layer) of each, and the errors of broken files by task.
+    """Read all task files. Return (file, layer) of each, and the errors of broken files by task name.
 
     A broken file only stops experiments that name its task.
     """
@@ -253,7 +255,7 @@ def _read_tasks(scale: str, folders: Sequence[Path]) -> tuple[list[tuple[str, Di
 
 
 def _read_task(path: Path, scale: str) -> DictConfig:
-    """Read a task's file, with the data of one scale. If it has none, the scale's own file must set them."""
+    """Read a task's file, with the data of one scale. If the file has none, the scale's own file must set them."""
     source, prefix = _display_path(path), f"task.{path.stem}."
     task = read_yaml(path, source)
     blocks = task.pop("data", None) or {}
@@ -270,7 +272,7 @@ def _read_task(path: Path, scale: str) -> DictConfig:
 
 
 def _finish(config: DictConfig, packages: Sequence[str], checks_classes: bool = True) -> Config:
-    """Resolve and check the configuration. Drop the tasks that `tasks` does not name, unchecked.
+    """Resolve and check the configuration. Tasks that `tasks` does not name are dropped without a check.
 
     packages: packages that the user allows. checks_classes: as for load_config; readers are always checked.
     """
@@ -298,7 +300,7 @@ def _finish(config: DictConfig, packages: Sequence[str], checks_classes: bool = 
 
 
 def _check_tasks(config: Config, known_tasks: Sequence[str]) -> None:
-    """Check that the named tasks exist and have data. Remove collections that are null."""
+    """Check that the named tasks exist and have data. Removes collections that are null."""
     if not config.tasks:
         raise UserError("tasks: name at least one")
     if len(set(config.tasks)) < len(config.tasks):
@@ -326,14 +328,14 @@ def _check_names_of_collections(config: Config) -> None:
             if (other := tasks.setdefault(name, task)) != task:
                 example = f"task.{task}.data={{{name}_{task}: FOLDER}}"
                 raise UserError(
-                    f"task.{task}.data: {other} has a collection called {name} too; rename one, as in {example}"
+                    f"task.{task}.data: {other} also has a collection called {name}; rename one, as in {example}"
                 )
 
 
 def _merge(config: DictConfig, layer: DictConfig, source: str, others: Sequence[str] = ()) -> DictConfig:
-    """Merge a layer over the configuration. A node with another `_target_` replaces the old one with its arguments.
+    """Merge a layer over the configuration. A node with another `_target_` replaces the old node and its arguments.
 
-    source: name of the layer, for errors. others: further words to suggest for an unknown key. Raises UserError.
+    source: name of the layer, for errors. others: further words to suggest if a key is unknown. Raises UserError.
     """
     refuse_unknown_keys(Config, layer, source, others=others)
     restore_yes_and_no(Config, layer)
@@ -352,8 +354,9 @@ def _merge(config: DictConfig, layer: DictConfig, source: str, others: Sequence[
 def _merge_overrides(config: DictConfig, overrides: Sequence[str], others: Sequence[str]) -> DictConfig:
     """Merge overrides such as "optim.lr=1e-4". others: as for _merge.
 
-    A mapping of free names, such as lr_scale={experts: 2}, replaces the old one. make passes overrides in any order, so
-    sort them: first those that replace all data of a task, then single collections, other mappings, and the rest.
+    A mapping with free names, such as lr_scale={experts: 2}, replaces the old one. make passes overrides in any order,
+    so they are sorted: first overrides that replace all data of a task, then single collections, other mappings, and
+    the rest.
     """
     parsed = [(text, layer := parse_override(text), replaced_data(text, layer)) for text in overrides]
     parsed.sort(key=lambda each: _rank(*each))
@@ -381,7 +384,7 @@ def _mapping(config: DictConfig, key: str) -> DictConfig | None:
 
 
 def _clear_mapping(config: DictConfig, layer: DictConfig, key: str) -> None:
-    """Clear the mapping that a mapping replaces. Settings of a dataclass and arguments of a `_target_` are not one."""
+    """Clear a mapping that another one replaces. Dataclasses and arguments of a `_target_` are merged instead."""
     old, new = _mapping(config, key), _mapping(layer, key)
     if old is None or new is None or "_target_" in {*old, *new} or key == "task":
         return

@@ -1,4 +1,4 @@
-"""Arguments of the command line that set keys of an experiment: key=value."""
+"""Parse key=value arguments that set keys of an experiment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from experiments.config.targets import is_library
 
 
 def packages_in(overrides: Sequence[str]) -> list[str]:
-    """Return the extend.packages of overrides."""
+    """Return the extend.packages that overrides set."""
     allowed: Any = []
     for text in overrides:
         extend = OmegaConf.to_container(parse_override(text)).get("extend") if text.startswith("extend") else None
@@ -48,7 +48,7 @@ def parse_override(text: str) -> DictConfig:
 
 
 def _none_as_null(node: Any) -> Any:
-    """Replace the word None by null: W&B's agent writes values as Python prints them."""
+    """Replace None by null, because W&B's agent writes values as Python prints them."""
     if isinstance(node, dict):
         return {key: _none_as_null(value) for key, value in node.items()}
     if isinstance(node, list):
@@ -57,12 +57,12 @@ def _none_as_null(node: Any) -> Any:
 
 
 def replaced_data(text: str, layer: DictConfig) -> str | None:
-    """Return the key of the data that an override replaces, or None if it only sets keys. Folders become nodes.
+    """Return the key of the data that an override replaces, or None if it only sets keys. Turns folders into nodes.
 
-        task.search.data=/data/mine                  only this collection, called mine
-        task.search.data=[/data/mine, /data/other]   only these
-        task.search.data={mine: {...}}               only these, each with the node of its reader
-        task.search.data.mine=/data/mine             this one in addition to the scale's
+        task.search.data=/data/mine                  use only this collection, called mine
+        task.search.data=[/data/mine, /data/other]   use only these two
+        task.search.data={mine: {...}}               use only these, each with the node of its reader
+        task.search.data.mine=/data/mine             add this one to the scale's collections
 
     layer: the parsed text. Raises UserError for a value that is neither a folder nor a node.
     """
@@ -86,12 +86,12 @@ def replaced_data(text: str, layer: DictConfig) -> str | None:
 
 
 def _is_folder(value: Any) -> bool:
-    """Return whether a value is a folder, and not a node or a reference such as ${task.search.data.mine}."""
+    """Return whether a value is a folder, not a node or a reference such as ${task.search.data.mine}."""
     return isinstance(value, str) and not value.startswith("${task.")
 
 
 def _nodes_by_name(key: str, folders: list[str], task: str) -> dict[str, dict[str, str]]:
-    """Return a node for each folder, named after it; a library, which serves several tasks, after the task too."""
+    """Return a node for each folder, named after it. A library serves several tasks, so its name includes the task."""
     nodes: dict[str, dict[str, str]] = {}
     for folder in folders:
         name = re.sub(r"[^\w-]", "_", Path(folder).name) or "data"

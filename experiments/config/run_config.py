@@ -22,10 +22,9 @@ def run_of(model: str) -> Path | None:
 
 
 def config_of_run(run: Path | None, packages: Sequence[str] = ()) -> Config | None:
-    """Return the configuration of a run, or None without a run. packages: packages that the user allows.
+    """Return the configuration of a run, or None if run is None. packages: packages that the user allows.
 
-    A run may come from somebody else, so its cache is used only if it is there: reading a run creates no folder where
-    its file says.
+    A run may come from another machine, so its cache folder is only used if it exists. Reading a run never creates it.
     """
     if run is None:
         return None
@@ -42,7 +41,7 @@ def existing_runs() -> str:
 
 
 def packages_option() -> Any:
-    """Return the field for the packages whose classes a command may load, in addition to ours."""
+    """Return the option for packages whose classes a command may load, in addition to ours."""
     return option(
         (),
         "packages whose encoders and readers may be loaded; importing a package runs its code",

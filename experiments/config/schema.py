@@ -1,4 +1,4 @@
-"""Every key of an experiment: type, default, bounds and meaning. check_constraints checks keys against each other."""
+"""All keys of an experiment: type, default, bounds and meaning. check_constraints checks whether keys fit together."""
 
 from __future__ import annotations
 
@@ -28,12 +28,13 @@ DENSE_MINER = {"_target_": "lightning_modules.mining.miners.DenseMiner"}
 
 @dataclass
 class RunConfig:
-    """The folder of a run, and how the run starts."""
+    """Folder, seed and start of a run."""
 
     dir: str = option("", "folder of the run; by default, runs/<experiment>-<scale>-seed<seed>-<hash of the keys>")
-    seed: int = option(0, "seed of all random numbers", minimum=0, maximum=2**32 - 1)
+    seed: int = option(0, "seed for all random numbers", minimum=0, maximum=2**32 - 1)
     resume: Literal["auto", "never"] = option(
-        "auto", "auto: continue from the last checkpoint, if any; never: start over, and keep the old run"
+        "auto",
+        "auto: resume from the last checkpoint, if any; never: start over, and keep the old run under another name",
     )
 
 
@@ -54,12 +55,13 @@ class DataConfig:
         "~/.cache/scimult", "folder for memory-mapped copies of the data; null: read all data into memory"
     )
     on_error: Literal["fail", "skip"] = option(
-        "fail", "at a bad line, fail, or skip it and write it to quarantine.jsonl in the run's folder"
+        "fail", "what to do with a bad line: fail, or skip it and write it to quarantine.jsonl in the run's folder"
     )
     batch_size: int = option(32, "queries per batch and rank", minimum=1, maximum=1_000_000)
     batch_tokens: int = option(
         0,
-        "tokens per batch and rank (queries, positives, hard negatives), instead of batch_size; 0: use batch_size",
+        "number of tokens per batch on each rank (queries, positives, hard negatives), instead of batch_size; 0: use "
+        "batch_size",
         minimum=0,
         maximum=1_000_000_000,
     )
@@ -69,35 +71,41 @@ class DataConfig:
     num_hard_negatives: int = option(1, "maximum number of hard negatives per query", minimum=0, maximum=10_000)
     collection_temperature: float = option(
         1.0,
-        "shares of a task's collections in its batches: proportional to their numbers of examples to the power "
-        "1 / collection_temperature, so a higher one is more even",
+        "temperature of the shares of a task's collections: each share is proportional to the number of examples to "
+        "the power 1 / collection_temperature, so a higher value makes them more even",
         minimum=0.1,
         maximum=1e6,
     )
     mixed_batches: bool = option(
-        False, "mix the collections of a task in each batch, in the same shares; by default a batch has one of them"
+        False,
+        "mix a task's collections in each batch, in the same shares; by default, a batch comes from one collection",
     )
     num_workers: int | None = option(
         None,
-        "processes that prepare batches on each rank; 0: the training process itself; by default one for each "
-        "spare core, up to 4, on a GPU, and 0 on a CPU",
+        "processes that prepare batches on each rank; 0: the training process itself; by default one per spare core "
+        "(at most 4) on a GPU, and 0 on a CPU",
         minimum=0,
         maximum=1024,
     )
     on_leak: Literal["ignore", "warn", "strip", "error"] = option(
         "warn",
-        "if evaluation texts are in the training data, ignore, warn, train without them (strip), or fail (error)",
+        "what to do if evaluation texts are in the training data: ignore, warn, strip (train without them), or error "
+        "(fail)",
     )
     leaks_in: list[str] = option(
         [], "further evaluations to check for leaks: folders in BEIR layout or with JSON lines"
     )
     schedule: Literal["round_robin", "together", "proportional", "temperature", "weights"] = option(
         "round_robin",
-        "which task each step trains: round_robin (in turns), together (all), or in shares: proportional (by number of "
-        "examples), temperature (by that number to the power 1 / schedule_temperature), weights (by data.weights)",
+        "which task each step trains: round_robin (tasks take turns), together (all tasks), proportional (by number "
+        "of examples), temperature (by number of examples to the power 1 / schedule_temperature), or weights (by "
+        "data.weights)",
     )
     schedule_temperature: float = option(
-        2.0, "temperature of schedule=temperature; 1 is proportional, higher is more even", minimum=0.1, maximum=1e6
+        2.0,
+        "temperature for schedule=temperature; 1 is proportional, higher values are more even",
+        minimum=0.1,
+        maximum=1e6,
     )
     weights: dict[str, float] = option(
         {}, "relative share of the steps of each task, for schedule=weights", above=0, maximum=1e9
@@ -107,26 +115,26 @@ class DataConfig:
 
 @dataclass
 class MiningConfig(MiningOptions):
-    """Hard negatives, mined before training (store) or during it (every_n_steps or every_n_epochs)."""
+    """Mining of hard negatives, before training (store) or during it (every_n_steps or every_n_epochs)."""
 
     every_n_steps: int = option(
-        0, "number of optimizer steps after which to mine again with the current model; 0: never", minimum=0
+        0, "mine again with the current model after this many optimizer steps; 0: never", minimum=0
     )
     every_n_epochs: float = option(
-        0.0, "number of passes over all examples after which to mine again; 0: never", minimum=0, maximum=1e6
+        0.0, "mine again after this many passes over all examples; 0: never", minimum=0, maximum=1e6
     )
     first_step: int | None = option(
         None, "step of the first mining, by default after one interval; 0 mines before training", minimum=0
     )
     stop_at: float | None = option(
         None,
-        "stop training if a larger share of the mined negatives look like positives; null: never",
+        "stop training if more than this share of the mined negatives look like positives; null: never",
         minimum=0,
         below=1,
     )
     store: str | None = option(None, "output folder of `make mine`; its negatives are used from the first step")
     use: Literal["mined", "data", "both"] = option(
-        "mined", "hard negatives to use: mined (those of the data for queries without mined ones), data, or both"
+        "mined", "hard negatives to use: mined (queries without mined ones use the data's), data, or both"
     )
     miner: dict[str, Any] = option(DENSE_MINER, "_target_ node: a class in lightning_modules.mining.miners")
     miners: dict[str, Any] = option(
@@ -134,8 +142,8 @@ class MiningConfig(MiningOptions):
     )
     judge: Any = option(
         None,
-        "_target_ node: a judge, a class in lightning_modules.mining.relabel or cross_encoder, that drops mined "
-        "negatives or turns them into positives; null for none",
+        "_target_ node of a judge, which drops mined negatives or turns them into positives: a class in "
+        "lightning_modules.mining.relabel or cross_encoder; null for none",
     )
     judges: dict[str, Any] = option({}, "judges for individual tasks: task -> _target_ node; null for none")
 
@@ -161,15 +169,15 @@ class TrainerConfig:
     )
     ema: float = option(
         0.0,
-        "decay of an exponential moving average of the weights, such as 0.999, which is evaluated and saved in place "
-        "of the trained weights; 0: none",
+        "decay of an exponential moving average of the weights, such as 0.999; the average is evaluated and saved "
+        "instead of the trained weights; 0: none",
         minimum=0,
         below=1,
     )
     start_share: float = option(
         0.0,
-        "after training, average the best checkpoint with the weights before training, which get this share, such as "
-        "0.3, against forgetting; the average is evaluated, and saved as merged.ckpt; 0: none",
+        "share of the initial weights, such as 0.3, when they are averaged with the best checkpoint after training to "
+        "reduce forgetting; the average is evaluated and saved as merged.ckpt; 0: none",
         minimum=0,
         below=1,
     )
@@ -179,19 +187,21 @@ class TrainerConfig:
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     grad_cache: bool = option(
-        False, "GradCache: a batch of any size in the memory of data.token_budget, at the cost of a second forward pass"
+        False,
+        "GradCache: batches of any size in the memory of data.token_budget tokens, for the price of a second forward "
+        "pass",
     )
     strategy: Literal["ddp", "fsdp"] = option(
         "ddp", "for several ranks: each holds all weights (ddp), or weights, gradients and optimizer are sharded (fsdp)"
     )
     compile: Literal["auto", "yes", "no"] = option(
-        "auto", "torch.compile for the layers; auto: on a GPU, in runs that are long enough to pay for it"
+        "auto", "torch.compile for the layers; auto: on a GPU, if the run is long enough to pay off"
     )
     timeout: int = option(1800, "seconds to wait for a rank that does not answer", minimum=1, maximum=10_000_000)
-    log_every_n_steps: int = option(20, "optimizer steps between two log entries", minimum=1)
+    log_every_n_steps: int = option(20, "number of optimizer steps between two log entries", minimum=1)
     peak_tflops: float = option(
         0.0,
-        "speed of a device that MFU is relative to, in TFLOP/s; 0 measures a matrix product at the start",
+        "peak speed of a device, in TFLOP/s, to which MFU is relative; 0: measure a matrix product at the start",
         minimum=0,
         maximum=1e9,
     )
@@ -201,7 +211,7 @@ class TrainerConfig:
 class CheckpointConfig:
     """Checkpointing: when to save, and what to keep."""
 
-    every_n_steps: int = option(200, "optimizer steps between two checkpoints", minimum=1)
+    every_n_steps: int = option(200, "number of optimizer steps between two checkpoints", minimum=1)
     keep: int = option(2, "number of checkpoints to keep, including the last one", minimum=1, maximum=10_000)
 
 
@@ -209,12 +219,14 @@ class CheckpointConfig:
 class EvaluationConfig:
     """Evaluation during training and in the final table."""
 
-    every_n_steps: int = option(200, "optimizer steps between two evaluations on the dev splits; 0: never", minimum=0)
+    every_n_steps: int = option(
+        200, "number of optimizer steps between two evaluations on the dev splits; 0: never", minimum=0
+    )
     patience: int = option(
-        0, "evaluations in a row without a new best checkpoint after which training stops early; 0: never", minimum=0
+        0, "stop training early after this many evaluations in a row without a new best checkpoint; 0: never", minimum=0
     )
     split: Literal["train", "dev", "test", "none"] = option(
-        "test", "split of the final table; none: no table, for a run that is evaluated by other commands"
+        "test", "split to evaluate for the final table; none: no table, for runs that other commands evaluate"
     )
     metrics: list[str] = option(METRICS, "metrics; the first one selects the best checkpoint")
     baselines: bool = option(True, "also evaluate BM25 and the encoder before training")
@@ -224,10 +236,10 @@ class EvaluationConfig:
 class DiagnosticsConfig:
     """Statistics of gradients, experts and vectors."""
 
-    every_n_steps: int = option(0, "optimizer steps between two sets of statistics; 0: never", minimum=0)
+    every_n_steps: int = option(0, "number of optimizer steps between two sets of statistics; 0: never", minimum=0)
 
 
-LOGGERS = ("tensorboard", "csv")  # Lightning's own, by the names of loggers.py
+LOGGERS = ("tensorboard", "csv")  # Lightning's own, as named in loggers.py
 MAX_WANDB_NAME, MAX_WANDB_TAG = 128, 64  # characters
 
 
@@ -239,11 +251,11 @@ class WandbConfig:
         "offline", "offline: write to the run's folder, for `make sync`; online: send at once, with an account"
     )
     project: str = option("scimult", "name of the project")
-    entity: str | None = option(None, "user or team; by default, that of the account")
-    name: str | None = option(None, "name of the run; by default, that of its folder")
-    group: str | None = option(None, "group; by default, experiment and scale")
-    tags: list[str] = option([], "tags; by default experiment, scale and seedN")
-    checkpoints: bool = option(False, "upload the checkpoint that the final table measures as an artifact")
+    entity: str | None = option(None, "user or team, by default that of the account")
+    name: str | None = option(None, "name of the run, by default the name of its folder")
+    group: str | None = option(None, "group, by default experiment and scale")
+    tags: list[str] = option([], "tags, by default experiment, scale and seedN")
+    checkpoints: bool = option(False, "upload the checkpoint in the final table as an artifact")
     finish_timeout: int = option(30, "seconds to wait for the upload at the end", minimum=0, maximum=10_000_000)
 
 
@@ -253,21 +265,24 @@ class TaskConfig:
 
     kind: Literal["classification", "link_prediction", "search"] = option(MISSING, "kind of the task")
     expert: str = option(MISSING, "name of the expert that serves the task")
-    instruction: str = option("", "sentence that describes the task, for encoders that read instructions")
+    instruction: str = option("", "description of the task in one sentence, for encoders that read instructions")
     batch_size: int | None = option(
-        None, "queries per batch and rank; by default, data.batch_size", minimum=1, maximum=1_000_000
+        None, "queries per batch on each rank, by default data.batch_size", minimum=1, maximum=1_000_000
     )
-    max_length: int | None = option(None, "maximum number of tokens; by default, data.max_length", minimum=3)
+    max_length: int | None = option(None, "maximum number of tokens, by default data.max_length", minimum=3)
     num_positives: int | None = option(
-        None, "positives per query; by default, data.num_positives", minimum=1, maximum=10_000
+        None, "positives per query, by default data.num_positives", minimum=1, maximum=10_000
     )
     num_hard_negatives: int | None = option(
-        None, "hard negatives per query; by default, data.num_hard_negatives", minimum=0, maximum=10_000
+        None, "hard negatives per query, by default data.num_hard_negatives", minimum=0, maximum=10_000
     )
     collection_temperature: float | None = option(
-        None, "temperature of its collections; by default, data.collection_temperature", minimum=0.1, maximum=1e6
+        None,
+        "temperature of the shares of its collections, by default data.collection_temperature",
+        minimum=0.1,
+        maximum=1e6,
     )
-    mixed_batches: bool | None = option(None, "mix its collections in each batch; by default, data.mixed_batches")
+    mixed_batches: bool | None = option(None, "mix its collections in each batch, by default data.mixed_batches")
     data: dict[str, Any] = option(
         {}, "collection -> _target_ node of its reader; task files have such a block for each scale"
     )
@@ -275,17 +290,15 @@ class TaskConfig:
 
 @dataclass
 class ExtendConfig:
-    """Options for adding tasks to a trained encoder, and for classes from other packages."""
+    """Tasks that are added to a trained encoder, and classes from other packages."""
 
     model: str | None = option(None, "run, checkpoint or exported encoder that gets the experiment's tasks")
     packages: list[str] = option(
         [],
-        "packages whose classes `_target_` may name, such as [mylab, lightning.pytorch.callbacks]; only from the "
+        "packages whose classes `_target_` may name, such as [mylab, lightning.pytorch.callbacks]; only set on the "
         "command line, because importing a package runs its code",
     )
-    like: str = option(
-        "nearest", "task whose expert the new ones are copied from; nearest: the one with the lowest loss"
-    )
+    like: str = option("nearest", "task whose expert is copied for new tasks; nearest: the task with the lowest loss")
     freeze: bool = option(
         True,
         "train only the new experts, so that the vectors of the old tasks do not change; false: train all parameters",
@@ -296,7 +309,9 @@ class ExtendConfig:
 class Config:
     """All keys of an experiment."""
 
-    experiment: str = option(MISSING, "name of a file in experiments, or of your own (the first argument of a command)")
+    experiment: str = option(
+        MISSING, "name of a file in experiments, or path of your own file (the first argument of a command)"
+    )
     scale: str = option("sample", "name of a file in experiments/scale")
     tasks: list[str] = option(MISSING, "names of the tasks to train (files in experiments/tasks)")
     init_from: str | None = option(None, "run, checkpoint or exported encoder whose weights training starts from")
@@ -313,14 +328,14 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     diagnostics: DiagnosticsConfig = field(default_factory=DiagnosticsConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
-    loggers: list[str] = option([], "further loggers, which write into the run's folder: tensorboard, csv")
-    losses: dict[str, Any] = option({}, "losses that are added to InfoNCE: name -> _target_ node, with its weight")
+    loggers: list[str] = option([], "further loggers that write into the run's folder: tensorboard, csv")
+    losses: dict[str, Any] = option({}, "losses added to InfoNCE: name -> _target_ node with its weight")
     callbacks: dict[str, Any] = option({}, "further Lightning callbacks: name -> _target_ node")
     task: dict[str, TaskConfig] = option({}, "settings of each task, from experiments/tasks/<task>.yaml")
 
 
 def check_constraints(config: Config) -> None:
-    """Raise UserError for settings that contradict each other."""
+    """Raise UserError if settings contradict each other."""
     check_metrics("evaluation.metrics", config.evaluation.metrics)
     _check_patience(config)
     _check_balance(config)
@@ -333,7 +348,7 @@ def check_constraints(config: Config) -> None:
 
 
 def check_metrics(key: str, names: Sequence[str]) -> None:
-    """Raise UserError for an unknown metric, or if there is none. key: setting that names them."""
+    """Raise UserError for an unknown metric, or an empty list. key: setting with the metrics."""
     if not names:
         raise UserError(f"{key}: name at least one, such as ndcg@10")
     with prefixed(f"{key}: "):
@@ -343,11 +358,11 @@ def check_metrics(key: str, names: Sequence[str]) -> None:
 
 def _check_patience(config: Config) -> None:
     if config.evaluation.patience and not config.evaluation.every_n_steps:
-        raise UserError("evaluation.patience: counts evaluations, but there are none; set evaluation.every_n_steps")
+        raise UserError("evaluation.patience: there are no evaluations to count; set evaluation.every_n_steps")
 
 
 def _check_balance(config: Config) -> None:
-    """Balancing needs several tasks. Comparing their gradients needs all of them in every step."""
+    """Check objective.balance. It needs several tasks, and all of them in each step if it compares their gradients."""
     balance, schedule = config.objective.balance, config.data.schedule
     if balance != "none" and len(config.tasks) < 2:
         raise UserError(f"objective.balance: {balance} needs several tasks, but there is only {config.tasks[0]}")
@@ -359,7 +374,7 @@ def _check_balance(config: Config) -> None:
 
 
 def _check_wandb(wandb: WandbConfig) -> None:
-    """Check what W&B refuses, which it would only say when the first values are logged."""
+    """Check names and tags now, because W&B would only refuse them when the first values are logged."""
     limits = {"project": MAX_WANDB_NAME, "entity": MAX_WANDB_NAME, "name": MAX_WANDB_NAME, "group": MAX_WANDB_NAME}
     texts = [(f"wandb.{key}", getattr(wandb, key), limit) for key, limit in limits.items()]
     texts += [("wandb.tags", tag, MAX_WANDB_TAG) for tag in wandb.tags]
@@ -375,7 +390,7 @@ def _check_wandb(wandb: WandbConfig) -> None:
 def _check_loggers(names: list[str]) -> None:
     for name in names:
         if name not in LOGGERS or names.count(name) > 1:
-            raise UserError(f"loggers: expected some of {', '.join(LOGGERS)}, each once, got {name!r}")
+            raise UserError(f"loggers: expected {' or '.join(LOGGERS)}, each at most once, got {name!r}")
 
 
 def check_machine(config: Config) -> None:
@@ -390,7 +405,7 @@ def check_machine(config: Config) -> None:
     with prefixed("objective."):
         check_balance_packages(config.objective.balance)
     trainer = config.trainer
-    if trainer.start_share and config.backbone.lora.rank:  # A and B averaged give another product
+    if trainer.start_share and config.backbone.lora.rank:  # averaging A and B does not average their product
         raise UserError("trainer.start_share: does not support backbone.lora; use make merge after training")
     if trainer.devices == 0:
         raise UserError("trainer.devices: expected a number above 0, or -1 for all GPUs, got 0")
@@ -401,7 +416,7 @@ def check_machine(config: Config) -> None:
 
 
 def _check_sharding(config: Config) -> None:
-    """Sharding needs several ranks, and does not support parameters outside the encoder."""
+    """Check the settings for fsdp. It needs several ranks, and does not support parameters outside the encoder."""
     if config.trainer.strategy == "ddp":
         return
     if config.trainer.devices == 1 and config.trainer.num_nodes == 1:
@@ -410,7 +425,7 @@ def _check_sharding(config: Config) -> None:
         )
     if config.trainer.compile == "yes":
         raise UserError("trainer.strategy: fsdp does not support trainer.compile=yes; set ddp, or compile=no")
-    if config.trainer.precision == "fp16":  # each rank would decide alone whether a step overflowed
+    if config.trainer.precision == "fp16":  # each rank would decide on its own whether a step overflowed
         raise UserError("trainer.strategy: fsdp does not support trainer.precision=fp16; set ddp, or bf16")
     for key, value, required in (
         ("objective.learn_temperature", config.objective.learn_temperature, "no"),
@@ -424,7 +439,7 @@ def _check_sharding(config: Config) -> None:
 
 
 def _check_mining_times(config: Config) -> None:
-    """Allow one interval and one source for the first hard negatives, and a first_rank that leaves candidates."""
+    """Check that there is one interval, one source for the first hard negatives, and a first_rank below mining.k."""
     mining = config.mining
     if mining.every_n_steps and mining.every_n_epochs:
         raise UserError("mining.every_n_steps and mining.every_n_epochs: set only one of them")
@@ -441,7 +456,7 @@ def _check_mined_negatives_are_used(config: Config) -> None:
     if not (mining.every_n_steps or mining.every_n_epochs or mining.store):
         return
     if mining.use == "data":
-        raise UserError("mining.use: with data, the mined hard negatives are never used; set mined or both")
+        raise UserError("mining.use: data never uses the mined hard negatives; set mined or both")
     default = config.data.num_hard_negatives
     counts = [default if task.num_hard_negatives is None else task.num_hard_negatives for task in config.task.values()]
     if not any(counts):

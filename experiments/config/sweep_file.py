@@ -1,4 +1,4 @@
-"""Sweep files, in W&B's format: both W&B's server and `make sweep` can run them."""
+"""Sweep files in W&B's format. Both W&B's server and `make sweep` can run them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from lightning_modules.mining.report import FIGURES
 ARGUMENTS = "${args_no_hyphens}"
 MAX_CHECKED = 12  # trials whose configurations are loaded before the first one runs
 LARGEST = 10**9  # maximum number of values; no run logs more
-MAX_BRACKETS = 100  # after min_iter, as on W&B's server
+MAX_BRACKETS = 100  # number of brackets from min_iter on, as on W&B's server
 EXPERT_DISTANCE = re.compile(r"diag/experts/.+-.+/(distance|cosine)")
 
 
 @dataclass
 class Metric:
-    """The metric that ranks the trials."""
+    """The metric by which trials are ranked."""
 
-    name: str = option(help="name under which runs log it, such as val/mean/ndcg@10")
+    name: str = option(help="name in the runs' logs, such as val/mean/ndcg@10")
     goal: Literal["minimize", "maximize"] = option("minimize", "whether higher or lower values are better")
 
 
@@ -45,43 +45,46 @@ class Metric:
 class SweepSettings:
     """A sweep's file. The keys are those of W&B: https://docs.wandb.ai/models/sweeps/sweep-config-keys"""
 
-    method: Literal["grid", "random", "bayes"] = option(help="how the values of a trial are chosen")
+    method: Literal["grid", "random", "bayes"] = option(help="how to choose the values of a trial")
     metric: Metric = option(help="metric that ranks the trials")
-    parameters: Any = option(help="dotted keys of the configuration with their values or ranges")
+    parameters: Any = option(help="values or ranges by dotted key of the configuration")
     command: Any = option(help=f"command of a trial, with {ARGUMENTS} where its arguments go")
     run_cap: int | None = option(None, "maximum number of trials", minimum=1)
     early_terminate: Any = option(None, "rule that stops trials early: see Hyperband")
     name: str | None = option(None, "name in W&B")
     description: str | None = option(None, "description in W&B")
-    program: str | None = option(None, "unused: command names the program")
+    program: str | None = option(None, "unused, because command names the program")
 
 
 @dataclass
 class Hyperband:
-    """Stop trials that are behind. A bracket is the number of logged values at which trials are compared.
+    """Stop trials that fall behind. A bracket is a number of logged values at which trials are compared.
 
     The keys and the rule are those of W&B. As on its server, an iteration is a logged value of the metric, not an
-    optimizer step, and a trial is compared whenever it has logged a value: asynchronous successive halving (Li et al.,
-    arXiv 1810.05934, section 3.2).
+    optimizer step. A trial is compared whenever it logs a value (asynchronous successive halving; Li et al., arXiv
+    1810.05934, section 3.2).
 
-    Optuna's HyperbandPruner is not used. It assigns trials to brackets by a hash, must know how many values a run logs,
-    only accepts integers for eta, rounds down the number of trials that continue, and gives no reason. The same file
-    would stop other trials here than on W&B's server.
+    Optuna's HyperbandPruner would stop other trials than W&B's server does with the same file. It assigns trials to
+    brackets by a hash, must know how many values a run logs, only accepts integers for eta, rounds down the number of
+    trials that continue, and gives no reason.
     """
 
-    type: Literal["hyperband"] = option(help="rule; W&B has no other")
+    type: Literal["hyperband"] = option(help="rule (W&B has only this one)")
     min_iter: int | None = option(
         None, "first bracket; the others are min_iter * eta, min_iter * eta^2, ...", minimum=1, maximum=LARGEST
     )
     max_iter: int | None = option(
-        None, "with s, instead of min_iter: brackets max_iter / eta, max_iter / eta^2, ...", minimum=1, maximum=LARGEST
+        None,
+        "replaces min_iter, together with s: brackets are max_iter / eta, max_iter / eta^2, ...",
+        minimum=1,
+        maximum=LARGEST,
     )
-    s: int | None = option(None, "number of brackets, with max_iter", minimum=1, maximum=LARGEST)
+    s: int | None = option(None, "number of brackets if max_iter is set", minimum=1, maximum=LARGEST)
     eta: float = option(3.0, "one trial in eta continues after each bracket", above=1, maximum=LARGEST)
-    strict: bool = option(False, "compare a trial by its value at the bracket, not by its best value so far")
+    strict: bool = option(False, "compare the trial's value at the bracket, not its best value so far")
 
     def brackets(self) -> list[int]:
-        """Return after how many logged values trials are compared, in ascending order; [] if the keys define none."""
+        """Return the brackets in ascending order, or [] if the keys do not define any."""
         if self.min_iter is not None and self.max_iter is self.s is None:
             numbers = accumulate(repeat(self.eta, MAX_BRACKETS - 1), operator.mul, initial=self.min_iter)
         elif self.min_iter is None and self.max_iter is not None and self.s is not None:
@@ -96,8 +99,8 @@ class Hyperband:
 
         values, others: values of the metric that this trial and each other trial have logged.
 
-        The trial is compared at the last bracket that it has reached, with all trials that have reached it. It
-        continues if it is among the best 1/eta of them, rounded up, or ties with one of these; so the first trial to
+        The trial is compared with all trials that have reached the same bracket, the last one it has reached. It
+        continues if it is among the best 1/eta of them (rounded up), or ties with one of those. So the first trial to
         reach a bracket always continues.
         """
         reached = [bracket for bracket in self.brackets() if bracket <= len(values)]
@@ -111,7 +114,7 @@ class Hyperband:
         if cost <= limit:
             return ""
         shown, needed = (-x if maximize else x for x in (cost, limit))
-        return f"{shown:.4g} at value {bracket}; the best {num_continue} of {len(ranking)} have reached {needed:.4g}"
+        return f"{shown:.4g} at value {bracket}; the best {num_continue} of {len(ranking)} trials reached {needed:.4g}"
 
     def check_reached(self, metric: str, config: Config) -> None:
         """Raise UserError if runs with this configuration end before the rule could stop them."""
@@ -140,7 +143,9 @@ def _cost(value: float, maximize: bool) -> float:
 class Sweep:
     """A sweep of an experiment.
 
-    name: name of the file. content: the file as W&B reads it. overrides: key=value arguments of all trials.
+    name: file name.
+    content: the file as W&B reads it.
+    overrides: key=value arguments for all trials.
     """
 
     name: str
@@ -166,14 +171,16 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Folder of the trials' runs. The same file, experiment, overrides and run_cap always give the same folder."""
+        """Folder for the trials' runs. The same file, experiment, overrides and run_cap always give the same folder."""
         key = json.dumps([self.content, self.experiment, self.overrides, self.run_cap], sort_keys=True)
         return Path("runs", f"sweep-{self.name}-{hashlib.blake2b(key.encode(), digest_size=3).hexdigest()}").absolute()
 
     def trials(self) -> list[dict[str, Any]]:
-        """Return the parameters of each trial; {} with `method: bayes`. Raises UserError if run_cap is missing."""
+        """Return the parameters of each trial, {} for `method: bayes`. Raises UserError if run_cap is missing."""
         if self.method != "grid" and not self.run_cap:
-            raise UserError(f"{self.name}: run_cap, the number of trials, is missing; set it here or with run_cap=N")
+            raise UserError(
+                f"{self.name}: run_cap (the number of trials) is missing; set it in the file, or with run_cap=N"
+            )
         if self.method == "bayes":
             for parameter in self.parameters:
                 parameter.optuna_range()
@@ -194,7 +201,7 @@ def sweeps() -> list[str]:
 
 
 def read_sweep(name: str, experiment: str, overrides: Sequence[str] = (), run_cap: int | None = None) -> Sweep:
-    """Read a sweep file. Raises UserError naming file and key.
+    """Read a sweep file. Raises UserError with file and key.
 
     name: name of a file in experiments/sweeps or in sweeps/ next to your own experiment, or a path."""
     is_path = name.endswith((".yaml", ".yml"))
@@ -208,7 +215,7 @@ def read_sweep(name: str, experiment: str, overrides: Sequence[str] = (), run_ca
     with prefixed(f"{path}: "):
         _check_types(content)
         parameters = read_parameters(content["parameters"])
-    # These two keys are replaced because OmegaConf must not resolve a ${...} in them.
+    # These two keys are left out, because OmegaConf must not resolve a ${...} in them.
     settings = structured(SweepSettings, [OmegaConf.create(content | {"parameters": {}, "command": []})], str(path))
     return Sweep(
         path.stem,
@@ -225,12 +232,12 @@ def read_sweep(name: str, experiment: str, overrides: Sequence[str] = (), run_ca
 def _read_hyperband(node: Mapping[str, Any], source: str) -> Hyperband:
     rule = structured(Hyperband, [OmegaConf.create(dict(node))], source, "early_terminate.")
     if not rule.brackets():
-        raise UserError(f"{source}: early_terminate: expected min_iter, or s and a max_iter above eta, not both")
+        raise UserError(f"{source}: early_terminate: expected either min_iter, or s with a max_iter above eta")
     return rule
 
 
 def _check_types(content: Mapping[str, Any]) -> None:
-    """Raise UserError for wrong types that OmegaConf reports without a key, and for numbers that overflow."""
+    """Raise UserError for wrong types, which OmegaConf reports without the key, and for numbers that overflow."""
     for key in ("parameters", "command"):
         if not content.get(key):
             raise UserError(f"{key}: missing")
@@ -238,16 +245,18 @@ def _check_types(content: Mapping[str, Any]) -> None:
         if key in content and not isinstance(content[key], Mapping):
             raise UserError(f"{key}: expected keys with values, got {content[key]!r}")
     if not isinstance(content["command"], list) or ARGUMENTS not in content["command"]:
-        raise UserError(f'command: expected a list of words, one of them "{ARGUMENTS}", where the parameters go')
+        raise UserError(
+            f'command: expected a list of words that includes "{ARGUMENTS}", which stands for the parameters'
+        )
     for key, value in {"run_cap": content.get("run_cap"), **content.get("early_terminate", {})}.items():
         if isinstance(value, int) and abs(value) > 1 << 62:
             raise UserError(f"{key}: the number is too large")
-    with explained("the keys of a mapping must all be texts, or all numbers", TypeError):
+    with explained("the keys of a mapping must be all texts or all numbers", TypeError):
         json.dumps(content, sort_keys=True)  # as for the name of the folder
 
 
 def as_override(key: str, value: Any) -> str:
-    """Return key=value so that the configuration reads the same value: None as null, and a string as a string."""
+    """Return key=value in a form that the configuration reads as the same value, such as null for None."""
     if not isinstance(value, str):
         text = yaml.safe_dump(value, default_flow_style=True, width=1 << 30).removesuffix("...\n").strip()
     elif _reads_as_itself(value):
@@ -265,9 +274,9 @@ def _reads_as_itself(text: str) -> bool:
 
 
 def check_trials(sweep: Sweep) -> Config:
-    """Load the configurations of the first trials, so that a wrong key or type is found before the sweep starts.
+    """Load the configurations of the first trials, to find a wrong key or type before the sweep starts.
 
-    Returns the configuration of the first trial. Raises UserError naming trial and key.
+    Returns the configuration of the first trial. Raises UserError with trial and key.
     """
     is_bayes = sweep.method == "bayes"
     trials = fixed_trials("random", sweep.parameters, MAX_CHECKED) if is_bayes else sweep.trials()
@@ -284,7 +293,7 @@ def check_trials(sweep: Sweep) -> Config:
 
 
 def _with_new_values(trials: Iterable[Mapping[str, Any]]) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield number and parameters of each trial that has a value not used by any earlier trial."""
+    """Yield the number and parameters of each trial with a value that no earlier trial has."""
     seen: set[str] = set()
     for number, values in enumerate(trials):
         overrides = {as_override(key, value) for key, value in values.items()}
@@ -308,7 +317,7 @@ def check_metric(name: str, config: Config) -> None:
 
 
 def _callback_metrics(config: Config) -> Iterator[str]:
-    """Yield the metrics of diagnostics and mining, except distances of experts, which only the encoder knows."""
+    """Yield the metrics of diagnostics and mining, except distances of experts, whose names depend on the encoder."""
     if config.diagnostics.every_n_steps:
         from lightning_modules.callbacks.diagnostics import OF_TASK  # only here: Lightning takes seconds to import
 

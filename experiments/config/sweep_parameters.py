@@ -1,8 +1,8 @@
-"""Parameters of a sweep: the distributions of W&B's format, and the values of each trial.
+"""Parameters of a sweep: W&B's distributions, and the values of each trial.
 
-A trial of a grid or random sweep is a function of the file and the trial's number alone, so each task of a SLURM array
-and each rank can compute its own. Optuna cannot draw them: its samplers depend on earlier trials, and it has no normal
-distributions and no probabilities. It only chooses the values of `method: bayes`.
+A trial of a grid or random sweep depends only on the file and the trial's number, so each rank and each task of a SLURM
+array can compute its own. Optuna only chooses the values of `method: bayes`: its samplers depend on earlier trials, and
+it has no normal distributions and no probabilities.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 RANGE, NORMAL, OPTIONAL = ("min", "max"), ("mu", "sigma"), ("mu", "sigma", "q", "probabilities")
-MAX_GRID = 100_000  # values of a parameter
+MAX_GRID = 100_000  # maximum number of values of a parameter
 DISTRIBUTIONS = {  # distribution -> keys of its settings
     "constant": ("value",),
     "categorical": ("values", "probabilities"),
@@ -37,10 +37,10 @@ DISTRIBUTIONS = {  # distribution -> keys of its settings
     "q_log_normal": (*NORMAL, "q"),
 }
 REPLACEMENTS = {  # for W&B's other distributions
-    "log_uniform": "log_uniform_values, whose min and max are the values and not their logarithms",
-    "q_log_uniform": "q_log_uniform_values, whose min and max are the values and not their logarithms",
+    "log_uniform": "log_uniform_values, whose min and max are values, not logarithms",
+    "q_log_uniform": "q_log_uniform_values, whose min and max are values, not logarithms",
     "inv_log_uniform": "log_uniform_values",
-    "inv_log_uniform_values": "log_uniform_values, which is the same",
+    "inv_log_uniform_values": "log_uniform_values, which means the same",
     "categorical_w_probabilities": "categorical with probabilities",
 }
 
@@ -49,7 +49,9 @@ REPLACEMENTS = {  # for W&B's other distributions
 class Parameter:
     """A parameter of a sweep.
 
-    name: dotted key of the configuration. distribution: key of DISTRIBUTIONS. settings: block of the file.
+    name: dotted key of the configuration.
+    distribution: key of DISTRIBUTIONS.
+    settings: the parameter's block in the file.
     """
 
     name: str
@@ -70,7 +72,7 @@ class Parameter:
                 value = generator.uniform(settings["min"], settings["max"])
             case "log_uniform_values":
                 value = math.exp(generator.uniform(math.log(settings["min"]), math.log(settings["max"])))
-                value = self._clipped(value)  # rounding may take exp(log(x)) beyond x
+                value = self._clipped(value)  # exp(log(x)) may exceed x by rounding
             case "normal" | "log_normal" as kind:
                 value = generator.normalvariate(settings.get("mu", 0.0), settings.get("sigma", 1.0))
                 value = math.exp(value) if kind == "log_normal" else value
@@ -87,17 +89,19 @@ class Parameter:
             q = settings.get("q", 1)
             multiples = range(math.ceil(settings["min"] / q - 1e-9), math.floor(settings["max"] / q + 1e-9) + 1)
             if not multiples:
-                raise UserError(f"parameters.{self.name}: no multiple of q={q} is from min to max; change one of them")
+                raise UserError(
+                    f"parameters.{self.name}: no multiple of q={q} lies between min and max; change one of them"
+                )
             return [_multiple(number, q) for number in self._limited(multiples)]
         raise UserError(f"parameters.{self.name}: {self.distribution} has no grid; use values, or method: random")
 
     def _limited(self, numbers: range) -> range:
         if (count := numbers.stop - numbers.start) > MAX_GRID:
-            raise UserError(f"parameters.{self.name}: a grid of {count:,} values; use method: random")
+            raise UserError(f"parameters.{self.name}: a grid would have {count:,} values; use method: random")
         return numbers
 
     def optuna_range(self) -> BaseDistribution:
-        """Return the range for Optuna; for a list, the range of its indices. Raises UserError if Optuna has none."""
+        """Return the range for Optuna; for a list, the range of indices. Raises UserError if there is no range."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if "normal" in self.distribution or "probabilities" in self.settings:
@@ -115,7 +119,7 @@ class Parameter:
     def to_optuna(self, value: Any) -> Any:
         if self._is_list():
             return self.grid().index(value)
-        return self._clipped(value)  # a multiple of q may be outside the range
+        return self._clipped(value)  # the nearest multiple of q may be outside the range
 
     def from_optuna(self, value: Any) -> Any:
         return self.grid()[value] if self._is_list() else self._round(value)
@@ -132,15 +136,15 @@ class Parameter:
 
 
 def _multiple(number: int, q: float) -> float:
-    """Return number * q: an integer if q is one, otherwise without floating-point noise."""
+    """Return number * q: an integer if q is an integer, else a float without rounding noise."""
     return number * q if isinstance(q, int) else float(f"{number * q:.12g}")
 
 
 def fixed_trials(method: str, parameters: Sequence[Parameter], run_cap: int | None) -> Iterator[dict[str, Any]]:
     """Yield the values of each trial of a grid or random sweep. In a grid, the last parameter changes first.
 
-    A random value depends only on the trial's number and the parameter's name. The leading 0 is the seed of former
-    versions.
+    A random value depends only on the trial's number and the parameter's name. The leading 0 in the seed comes from
+    older versions.
     """
     if method == "grid":
         names = [parameter.name for parameter in parameters]
@@ -160,7 +164,8 @@ def suggest_trial(
 ) -> dict[str, Any]:
     """Return the values of a trial of a `method: bayes` sweep, chosen by Optuna's TPE sampler.
 
-    past: values and score (None if not known yet) of each earlier trial. number: number of the trial, and the seed.
+    past: values and score of each earlier trial (None if the score is not known yet).
+    number: number of the trial, which is also the seed.
 
     The study is rebuilt from the past trials each time. Optuna's journal (JournalFileBackend 5.0) is not used, because
     it cannot be read after a kill has cut a line short, and a failed trial could not run again.
@@ -169,7 +174,7 @@ def suggest_trial(
     from optuna.trial import TrialState, create_trial
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    # constant_liar: running trials count as bad, so that parallel trials differ.
+    # constant_liar counts running trials as bad, so that parallel trials differ.
     sampler = optuna.samplers.TPESampler(seed=number, constant_liar=True)
     study = optuna.create_study(direction="maximize" if maximize else "minimize", sampler=sampler)
     ranges = {parameter.name: parameter.optuna_range() for parameter in parameters}
@@ -182,7 +187,7 @@ def suggest_trial(
 
 
 def read_parameters(node: Any, prefix: str = "") -> list[Parameter]:
-    """Return the parameters of a sweep file, including nested ones. Raises UserError naming key and value."""
+    """Return the parameters of a sweep file, including nested ones. Raises UserError with key and value."""
     if not isinstance(node, Mapping):
         raise UserError(f"parameters.{prefix}parameters: expected keys with values, got {node!r}")
     parameters: list[Parameter] = []
@@ -242,7 +247,7 @@ def _check_settings(name: str, distribution: str, settings: Mapping[str, Any]) -
         if not isinstance(values, Sequence) or isinstance(values, str) or not values:
             raise UserError(f"parameters.{name}.values: expected a list of at least one value, got {values!r}")
         if probabilities and not _are_probabilities(probabilities, len(values)):
-            expected = f"{len(values)} numbers of at least 0 that sum to 1"
+            expected = f"{len(values)} non-negative numbers with the sum 1"
             raise UserError(f"parameters.{name}.probabilities: expected {expected}, got {probabilities!r}")
 
 

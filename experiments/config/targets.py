@@ -1,6 +1,6 @@
-"""Check and build the nodes of a configuration: `_target_`, a class, and its arguments.
+"""Check and build the nodes of a configuration, which name a class (`_target_`) and its arguments.
 
-The class is one of this project, or of a package that the user allows on the command line (extend.packages).
+The class is from this project, or from a package that the user allows on the command line (extend.packages).
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from experiments.config.structured import MERGE_ERRORS, describe, did_you_mean, 
 PACKAGES = ("datamodules", "lightning_modules")
 READERS = "datamodules.readers."
 EXAMPLES = {READERS: "jsonl.JsonlReader, folder: FOLDER"}
-IMPORTED = "import.json"  # file in the folder of an import
+IMPORTED = "import.json"  # a file that every import writes into its folder
 VAR_POSITIONAL, VAR_KEYWORD = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-ENCODER_ARGUMENTS = ("backbone", "tokenizer", "tasks", "instructions", "max_length")  # given by build_encoder
-LOSS_ARGUMENTS = ("tasks", "dimension", "objective")  # given by build_module
-JUDGE_ARGUMENTS = ("tasks", "packages")  # given by build_mining
-# Classes that have moved since `_target_` could name them: old path -> present path. Old configurations still load.
+ENCODER_ARGUMENTS = ("backbone", "tokenizer", "tasks", "instructions", "max_length")  # passed by build_encoder
+LOSS_ARGUMENTS = ("tasks", "dimension", "objective")  # passed by build_module
+JUDGE_ARGUMENTS = ("tasks", "packages")  # passed by build_mining
+# Classes that have moved: old path -> new path. Old configurations still load.
 MOVED: dict[str, str] = {
     "lightning_modules.mining.sharing.SharingMiner": "lightning_modules.mining.miners.SharingMiner",
 }
@@ -44,7 +44,7 @@ MOVED: dict[str, str] = {
 
 def check_targets(config: Config) -> None:
     """Check all nodes of a configuration, and convert their arguments."""
-    # Only here, because torch and transformers take seconds to import. Many commands load no experiment.
+    # Only here, because torch and transformers take seconds to import, and many commands do not load an experiment.
     from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
     from lightning_modules.encoders.base import Encoder
     from lightning_modules.mining.miners import Miner
@@ -71,7 +71,7 @@ def check_targets(config: Config) -> None:
 
 
 def check_readers(config: Config) -> None:
-    """Check the nodes of readers, and convert their arguments. Folders get the class of their reader."""
+    """Check the nodes of readers, and convert their arguments. A folder becomes a node with the matching reader."""
     for task, settings in config.task.items():
         for name, node in settings.data.items():
             key = f"task.{task}.data.{name}"
@@ -90,7 +90,7 @@ def check_target(
     """Check a node against the signature of its class. Return it with its arguments converted to their types.
 
     key: path of the node, for errors. base: required base class. provided: arguments that the project passes itself.
-    package: package that may be left out of `_target_` (jsonl.JsonlReader).
+    package: package that `_target_` may omit (jsonl.JsonlReader).
     packages: further packages that the user allows. Raises UserError.
     """
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
@@ -107,7 +107,7 @@ def check_target(
 
 
 def _full_path(path: str, package: str) -> str:
-    """Return the present dotted path of a class, with the package that may be left out."""
+    """Return the full, current dotted path of a class. package: package that the path may omit."""
     path = current_path(path)
     return current_path(package + path) if package and path.partition(".")[0] in _modules(package) else path
 
@@ -119,7 +119,7 @@ def _import_class(key: str, path: str, package: str, packages: Sequence[str]) ->
         first = path.partition(".")[0]
         hint = did_you_mean(first, _modules(package)) if package else ""
         start = "Expected" if hint else "expected"
-        message = f"{key}._target_: {hint}{start} a class of {' or '.join([*PACKAGES, *packages])}, got {path!r}"
+        message = f"{key}._target_: {hint}{start} a class from {' or '.join([*PACKAGES, *packages])}, got {path!r}"
         if module_name and not hint:
             message += f"; if you trust the package, allow it on the command line: extend.packages=[{first}]"
         raise UserError(message)
@@ -168,7 +168,7 @@ def _check_arguments(key: str, cls: type, arguments: Mapping[str, Any], provided
 
 
 def _hints(cls: type, names: Iterable[str]) -> dict[str, Any]:
-    """Return the type of each argument; Any for types that OmegaConf does not know, as in classes of other packages."""
+    """Return the type of each argument. Types that OmegaConf does not know, as in other packages, become Any."""
     annotations, scope = getattr(cls.__init__, "__annotations__", {}), getattr(cls.__init__, "__globals__", {})
     known = {}
     for name in names:
@@ -176,19 +176,25 @@ def _hints(cls: type, names: Iterable[str]) -> dict[str, Any]:
             argument = types.SimpleNamespace(__annotations__={name: annotations.get(name, Any)})
             hint = typing.get_type_hints(argument, scope)[name]
             OmegaConf.structured(dataclasses.make_dataclass("Argument", [(name, hint, field(default=MISSING))]))
-        except (OmegaConfBaseException, NameError, TypeError, ValueError):  # NameError: imported under TYPE_CHECKING
+        except (
+            OmegaConfBaseException,
+            NameError,
+            TypeError,
+            ValueError,
+        ):  # NameError: the type is only imported under TYPE_CHECKING
             hint = Any
         known[name] = hint
     return known
 
 
 def with_reader(key: str, node: Any, kind: str) -> Any:
-    """Add the reader's class to a node that names only a folder or a file.
+    """Add the reader's class to a node that only names a folder or a file.
 
-    The files in a folder decide which class. A file of papers, and the folder of an import, serve tasks of every kind.
+    The class depends on the files in the folder. A file of papers or the folder of an import can serve any kind of
+    task.
 
-    key: path of the node, for errors. kind: kind of the task. Raises UserError if the folder is missing, or its layout
-    is not recognised.
+    key: path of the node, for errors. kind: kind of the task. Raises UserError if the folder is missing or its layout
+        is not recognised.
     """
     if isinstance(node, str):
         node = {"folder": node}
@@ -201,7 +207,7 @@ def with_reader(key: str, node: Any, kind: str) -> Any:
         return {"_target_": target, "source": str(folder), "view": VIEW_OF_KIND[kind]} | rest
     if is_library(folder):
         if not (folder / kind).is_dir():
-            raise UserError(f"{key}: {folder} has no data for {kind}; {folder / IMPORTED} has the reason")
+            raise UserError(f"{key}: {folder} has no data for {kind}; {folder / IMPORTED} says why")
         folder = folder / kind
     with prefixed(f"{key}: "):
         reader = reader_class_of(folder)
@@ -209,19 +215,19 @@ def with_reader(key: str, node: Any, kind: str) -> Any:
 
 
 def current_path(path: str) -> str:
-    """Return the present dotted path of a class."""
+    """Return the current dotted path of a class."""
     return MOVED.get(path, path)
 
 
 def with_first_paths(text: str) -> str:
-    """Return JSON text with the first path of every moved class: a move does not change the hash of a run's folder."""
+    """Return JSON text with the old path of every moved class, so that the hash in a run's folder stays the same."""
     for old, new in reversed(MOVED.items()):
         text = text.replace(f'"{new}"', f'"{old}"')
     return text
 
 
 def is_library(path: Path) -> bool:
-    """Return whether a path is a file of papers or the folder of an import, which serve tasks of every kind."""
+    """Return whether a path is a file of papers or the folder of an import, which can serve any kind of task."""
     return path.is_file() or (path / IMPORTED).is_file()
 
 
@@ -233,8 +239,8 @@ def accepts(node: Mapping[str, Any], name: str) -> bool:
 def instantiate(node: Mapping[str, Any], key: str, /, **provided: Any) -> Any:
     """Create the object that a checked node describes.
 
-    key: key of the node, which errors about its arguments get as prefix.
-    provided: further arguments, for classes that have them and nodes that do not set them.
+    key: key of the node, the prefix of errors about its arguments.
+    provided: further arguments, used if the class has them and the node does not set them.
     """
     arguments = {name: value for name, value in node.items() if name != "_target_"}
     provided = {name: value for name, value in provided.items() if name not in arguments and accepts(node, name)}

@@ -1,1 +1,1 @@
-"""Public files that training data are built from: recipes, downloads, checksums and archives."""
+"""Get the public files behind the training data: recipes, downloads, checksums and archives."""

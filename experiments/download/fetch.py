@@ -1,8 +1,8 @@
 """Download one file, and unpack one archive. Both resume after an interruption.
 
-An unfinished download is FILE.part; FILE.part.sign stores the server's version of the file. pooch downloads and unpacks
-too, but it restarts an interrupted download from the beginning, and our files have several GB. huggingface_hub resumes,
-but works with only one host.
+An unfinished download is called FILE.part; FILE.part.sign stores the server's version of the file. pooch also downloads
+and unpacks, but restarts an interrupted download from the beginning, and our files have several GB. huggingface_hub
+resumes, but works with only one host.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ log = logging.getLogger(__name__)
 
 Report = Callable[[int, int | None], None]  # receives the number of bytes so far, and the total if known
 
-PAUSES = (1, 2, 4, 8, 16)  # seconds before each new attempt; then give up if there is no progress
-MAX_PAUSE = 120  # seconds; servers may ask for a longer pause
-TIMEOUT = 60  # seconds without a byte
+PAUSES = (1, 2, 4, 8, 16)  # seconds before each retry; after the last one, give up unless there is progress
+MAX_PAUSE = 120  # seconds, even if the server asks for more
+TIMEOUT = 60  # seconds without receiving a byte
 CHUNK = 1 << 20
 RETRIED_STATUS = (408, 425, 429, 500, 502, 503, 504)
 RETRIED_ERRORS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
@@ -56,7 +56,7 @@ DAMAGED_ARCHIVE = (
 
 
 class Interrupted(Exception):
-    """The download stopped early; a new attempt may get the rest. seconds: pause that the server asks for."""
+    """The download stopped early; another attempt may get the rest. seconds: pause that the server asks for."""
 
     def __init__(self, reason: str, seconds: float = 0):
         super().__init__(reason)
@@ -70,10 +70,10 @@ class NotOnServer(UserError):
 def download(
     url: str, path: Path, size: int | None, has_checksum: bool, report: Report = lambda done, total: None
 ) -> Path:
-    """Download a file as path.part, and return this path. The caller verifies the file, then calls `keep` or `discard`.
+    """Download a file as path.part, and return that path. The caller verifies the file, then calls `keep` or `discard`.
 
     size: number of bytes, if known.
-    has_checksum: whether the caller can verify the file. If not, a partial download is resumed only if the server still
+    has_checksum: whether the caller can verify the file. If not, a partial download is only resumed if the server still
         has the same version.
 
     Raises UserError after several attempts without progress. The partial download stays.
@@ -82,21 +82,23 @@ def download(
     path.parent.mkdir(parents=True, exist_ok=True)
     failures = most = 0
     while True:
-        most = max(most, _size(part))  # a server that sends less than it announces makes no progress
+        most = max(most, _size(part))  # no progress if a server always sends less than it announces
         try:
             _receive(url, part, size, has_checksum, report)
             return part
         except Interrupted as error:
             failures = 1 if _size(part) > most else failures + 1
             if failures > len(PAUSES):
-                raise UserError(f"{url}: {error}, {failures} times without progress. {manual_help(path)}") from error
+                raise UserError(
+                    f"{url}: {error}; gave up after {failures} attempts without progress. {manual_help(path)}"
+                ) from error
             pause = max(error.seconds, PAUSES[failures - 1])
             log.info("%s: %s; trying again in %g s", url, error, pause)
             time.sleep(pause)
 
 
 def check_url(key: str, url: str) -> None:
-    """Raise UserError unless a text is an http or https URL. key: where it comes from."""
+    """Raise UserError unless a text is an http or https URL. key: key that sets it."""
     with explained(f"{key}: {url!r} is not a valid URL", ValueError):
         parts = urllib.parse.urlsplit(url)
         parts.netloc.encode("idna")
@@ -119,7 +121,7 @@ def discard(part: Path) -> None:
 
 def manual_help(path: Path) -> str:
     """Return advice for a failed download."""
-    return f"Run the same command again to resume, or place the file yourself as {path}, and then run it."
+    return f"Run the same command again to resume, or place the file yourself as {path} and run it."
 
 
 def _final_path(part: Path) -> Path:
@@ -132,7 +134,7 @@ def _version_file(part: Path) -> Path:
 
 
 def _size(path: Path) -> int:
-    """Return the size of a partial download; 0 for a link or anything else that is not ours to append to."""
+    """Return the size of a partial download, or 0 for a link or anything else that we must not append to."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -141,7 +143,7 @@ def _size(path: Path) -> int:
 
 
 def _read_version(part: Path) -> tuple[str, int | None]:
-    """Return the version of a partial download on the server ("" if unknown), and the size of the whole file."""
+    """Return the server's version of a partial download ("" if unknown), and the size of the whole file."""
     try:
         version, _, total = read_regular(_version_file(part)).partition("\n")
     except (OSError, ValueError):
@@ -162,7 +164,7 @@ def _receive(url: str, part: Path, size: int | None, has_checksum: bool, report:
         with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT) as response:
             if response.headers.get_content_type() == "text/html":
                 advice = manual_help(_final_path(part))
-                raise UserError(f"{url}: the server sends a web page instead of the file. {advice}")
+                raise UserError(f"{url}: the server sent a web page instead of the file. {advice}")
             start = _first_byte(response, start)
             rest = response.headers.get("Content-Length", "")
             total = start + int(rest) if rest.isdecimal() else None
@@ -170,7 +172,9 @@ def _receive(url: str, part: Path, size: int | None, has_checksum: bool, report:
                 raise UserError(f"{url}: expected a file of {size:,} bytes, but the server has {total:,}")
             if start and None not in (whole, total) and total != whole:
                 part.unlink()
-                raise Interrupted(f"the server sent the size {whole:,}, and now {total:,}; starting from the beginning")
+                raise Interrupted(
+                    f"the size of the file was {whole:,} bytes, and is now {total:,}; starting from the beginning"
+                )
             total = (whole if start else size) if total is None else total
             write_text(_version_file(part), f"{_version(response)}\n{'' if total is None else total}")
             _append(response, part, start, total, report)
@@ -178,7 +182,7 @@ def _receive(url: str, part: Path, size: int | None, has_checksum: bool, report:
         _handle_refusal(url, part, error, start, whole)
     except UserError:
         raise
-    except ValueError as error:  # raised for a URL, or the target of a redirection, that cannot be parsed
+    except ValueError as error:  # raised if the URL, or the target of a redirect, cannot be parsed
         raise UserError(f"{url}: not a valid URL ({error})") from error
     except RETRIED_ERRORS as error:
         raise Interrupted(f"cannot be reached ({getattr(error, 'reason', error)})") from error
@@ -193,19 +197,19 @@ def _first_byte(response: http.client.HTTPResponse, requested: int) -> int:
         return 0
     content_range = response.headers.get("Content-Range", "")
     if not content_range.startswith(f"bytes {requested}-"):
-        raise Interrupted(f"requested the bytes from {requested} on, but got {content_range!r}")
+        raise Interrupted(f"requested bytes from {requested} on, but got {content_range!r}")
     return requested
 
 
 def _version(response: http.client.HTTPResponse) -> str:
-    """Return the ETag, or the date if there is none or only a weak one."""
+    """Return the ETag, or the date if the ETag is missing or weak."""
     tag = response.headers.get("ETag", "")
     return response.headers.get("Last-Modified", "") if tag.startswith("W/") or not tag else tag
 
 
 def _append(response: http.client.HTTPResponse, part: Path, start: int, total: int | None, report: Report) -> None:
     if total is not None and (free := shutil.disk_usage(part.parent).free) < total - start:
-        raise UserError(f"{part}: {total - start:,} bytes are needed, but only {free:,} are free on the disk")
+        raise UserError(f"{part}: needs {total - start:,} bytes, but only {free:,} are free on the disk")
     done = start
     with open_new(part, keep=start > 0, buffering=0) as file:  # unbuffered, so that a kill loses nothing
         while chunk := response.read1(CHUNK):
@@ -223,7 +227,7 @@ def _handle_refusal(url: str, part: Path, error: urllib.error.HTTPError, start: 
         if size == start or (size is None and error.headers.get("Content-Range") == f"bytes */{start}"):
             return
         part.unlink()
-        raise Interrupted("the file on the server has another size than before; starting from the beginning")
+        raise Interrupted("the size of the file on the server has changed; starting from the beginning")
     if error.code in RETRIED_STATUS:
         seconds = error.headers.get("Retry-After", "")
         raise Interrupted(f"the server answers {error.code} {error.reason}", int(seconds) if seconds.isdecimal() else 0)
@@ -242,7 +246,7 @@ class _Member:
 
 
 def unpack(archive: Path, kind: str, members: Sequence[str], folder: Path, report: Callable[[str], None]) -> None:
-    """Unpack the members of an archive that match a pattern, and keep complete files from an earlier attempt.
+    """Unpack the members of an archive that match a pattern. Complete files from an earlier attempt are kept.
 
     Only regular files inside the folder are written.
 
@@ -258,8 +262,8 @@ def unpack(archive: Path, kind: str, members: Sequence[str], folder: Path, repor
             expanded += member.size
             if expanded > limit:
                 raise UserError(
-                    f"{archive}: expands to more than {limit:,} bytes, {EXPANSION} times its size, so the rest is not "
-                    f"unpacked. If it is the right file, unpack it yourself into {folder}"
+                    f"{archive}: unpacking stopped at {limit:,} bytes, {EXPANSION} times the size of the archive. If "
+                    f"it is the right file, unpack it yourself into {folder}"
                 )
             patterns = {pattern for pattern in members if fnmatch.fnmatchcase(member.name, pattern)}
             if not patterns:
@@ -271,7 +275,7 @@ def unpack(archive: Path, kind: str, members: Sequence[str], folder: Path, repor
                 _check_space(archive, folder, member)
                 _write_member(member, target)
     except DAMAGED_ARCHIVE as error:
-        raise UserError(f"{archive}: the archive is damaged ({error}). Delete it to download it again.") from error
+        raise UserError(f"{archive}: the archive is damaged ({error}); delete it to download it again.") from error
     except OSError as error:
         raise UserError(f"{folder}: {archive.name} cannot be unpacked ({error.strerror or error})") from error
     if missing := [pattern for pattern in members if pattern not in matched]:
@@ -288,9 +292,9 @@ def _zip_members(archive: Path) -> Iterator[_Member]:
 def _tar_members(archive: Path) -> Iterator[_Member]:
     with tarfile.open(archive) as opened:
         for info in opened:
-            if info.isfile():  # neither links nor devices
+            if info.isfile():  # not a link or device
                 yield _Member(info.name.removeprefix("./"), info.size, lambda info=info: opened.extractfile(info))
-        while opened.fileobj.read(CHUNK):  # reads gzip's checksum, after the last member
+        while opened.fileobj.read(CHUNK):  # reads on to gzip's checksum after the last member
             pass
 
 
@@ -308,7 +312,7 @@ def _check_space(archive: Path, folder: Path, member: _Member) -> None:
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     if member.size > (free := shutil.disk_usage(existing).free - RESERVE):
         raise UserError(
-            f"{folder}: {member.name} of {archive.name} needs {member.size:,} bytes, but only {max(0, free):,} are "
+            f"{folder}: {member.name} from {archive.name} needs {member.size:,} bytes, but only {max(0, free):,} are "
             "free on the disk; the same command unpacks the rest"
         )
 

@@ -38,9 +38,9 @@ class SourceSpec:
 
     page: str = option(MISSING, "web page that describes the files")
     terms: str = option(MISSING, "license or terms of use")
-    url: str | None = option(MISSING, "URL of the folder of the files; null if they must be downloaded by hand")
+    url: str | None = option(MISSING, "URL of the folder with the files; null if they must be downloaded by hand")
     files: dict[str, FileSpec] = option(MISSING, "files by name")
-    unpack: Literal["no", "zip", "tar"] = option("no", "type of the archives, if the files are archives")
+    unpack: Literal["no", "zip", "tar"] = option("no", "archive type, if the files are archives")
     members: list[str] = option(["*"], "patterns of the archive members to unpack")
 
 
@@ -48,9 +48,9 @@ class SourceSpec:
 class OutputSpec:
     """A folder in BEIR layout, built from sources by a reader."""
 
-    reader: dict[str, Any] = option(MISSING, "node of the reader; SOURCE:PATH is a path in the folder of a source")
-    splits: dict[str, list[str]] = option({}, "splits of the reader that make up each split; by default unchanged")
-    without: dict[str, dict[str, Any]] = option({}, "optional source -> reader arguments if it is missing")
+    reader: dict[str, Any] = option(MISSING, "node of the reader; SOURCE:PATH is a path in a source's folder")
+    splits: dict[str, list[str]] = option({}, "split -> the reader's splits that make it up; by default unchanged")
+    without: dict[str, dict[str, Any]] = option({}, "optional source -> reader arguments to use if it is missing")
     expected: dict[str, int] = option({}, "published counts of documents, queries, pairs or negatives")
     note: str = option("", "reason for differences from the published counts")
 
@@ -70,10 +70,10 @@ def recipes() -> list[str]:
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
-    """Return a checked recipe. Raises UserError with file and key.
+    """Load and check a recipe. Raises UserError with file and key.
 
     name: name of a recipe in experiments/recipes, or path of a YAML file.
-    overrides: changed values, such as outputs.NAME.reader.seed=1.
+    overrides: values to change, such as outputs.NAME.reader.seed=1.
     """
     path = Path(name)
     if path.suffix != ".yaml":
@@ -101,7 +101,7 @@ def _check(path: Path, recipe: Recipe) -> None:
         key = f"{path}: outputs.{name}"
         _check_name(key, name)
         if name in ("downloads", "unpacked"):
-            raise UserError(f"{key}: this folder holds the sources; use another name")
+            raise UserError(f"{key}: this folder is reserved for the sources; use another name")
         _check_keys(f"{key}.splits", output.splits, SPLITS)
         _check_keys(f"{key}.expected", output.expected, COUNTS)
         for missing in ([], list(output.without)):

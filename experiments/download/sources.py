@@ -5,7 +5,7 @@
     ROOT/checksums.json          SHA-256, MD5, size, time and origin of every verified file
 
 A file without a checksum in the recipe is trusted at its first download. checksums.json then pins it, and another
-version is an error. The checksums also tell what an output was built from after the downloads are deleted.
+version is an error. The checksums still show what an output was built from after the downloads are deleted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Sources:
 
     root: folder for all data.
     specs: sources by name.
-    mirror: URL under which SOURCE/FILE are found, instead of the URLs of the recipe.
+    mirror: URL that has SOURCE/FILE, instead of the URLs of the recipe.
     """
 
     def __init__(self, root: Path, specs: Mapping[str, SourceSpec], mirror: str = ""):
@@ -65,9 +65,9 @@ class Sources:
         return checksums
 
     def is_missing(self, name: str) -> bool:
-        """Return whether an optional source is missing: it must be placed by hand, or is not on the mirror.
+        """Return whether an optional source is missing, because it must be placed by hand or is not on the mirror.
 
-        Only a download shows what the mirror has, so this downloads the source.
+        Downloads the source, because only a download shows what the mirror has.
         """
         files = self.specs[name].files
         if all(self.path(name, file).is_file() or f"{name}/{file}" in self.known for file in files):
@@ -138,7 +138,7 @@ class Sources:
             keep(part)
 
     def _verify(self, name: str, file: str) -> None:
-        """Verify a file, unless its size and time are the same as before."""
+        """Verify a file, unless its size and time are unchanged."""
         path, entry = self.path(name, file), self.known.get(f"{name}/{file}")
         stat = path.stat()
         is_unchanged = entry and (entry["bytes"], entry["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
@@ -165,7 +165,7 @@ class Sources:
             )
         if spec.sha256 is None and spec.md5 is None and before is None:
             log.warning(
-                "%s: the recipe has no checksum. This first download is trusted, and %s pins its sha256 %s",
+                "%s: the recipe has no checksum, so this first download is trusted, and %s pins its sha256 %s",
                 key,
                 self.checksum_file,
                 entry["sha256"],
@@ -174,13 +174,13 @@ class Sources:
         write_json(self.checksum_file, self.known)
 
     def _unpacking(self, name: str) -> dict[str, Any]:
-        """Return everything that the contents of an unpacked source depend on."""
+        """Return everything that determines the contents of an unpacked source."""
         return {"archives": self.checksums(name), "members": self.specs[name].members}
 
     def _unpack(self, name: str) -> None:
         spec, folder, stamp = self.specs[name], self.folder(name), self._unpacking(name)
         digest = hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:12]
-        partial = folder.with_name(f"{name}.{digest}.part")  # found again after an interruption
+        partial = folder.with_name(f"{name}.{digest}.part")  # the same name after an interruption
         for stale in folder.parent.glob(f"{name}.*.part"):
             if stale != partial:
                 shutil.rmtree(stale)
@@ -189,7 +189,7 @@ class Sources:
                 try:
                     unpack(self.path(name, file), spec.unpack, spec.members, partial, progress.say)
                 except UserError:
-                    if spec.files[file].sha256 is None:  # the first download was trusted, but is unusable
+                    if spec.files[file].sha256 is None:  # the first download was trusted, but cannot be unpacked
                         self.known.pop(f"{name}/{file}", None)
                         write_json(self.checksum_file, self.known)
                     raise
@@ -210,7 +210,7 @@ def _measure(path: Path) -> dict[str, Any]:
 
 
 def _difference(spec: FileSpec, entry: Mapping[str, Any]) -> str:
-    """Describe how a file differs from the recipe; "" if it does not."""
+    """Describe how a file differs from the recipe, or return "" if it does not."""
     for key in ("bytes", "md5", "sha256"):
         if getattr(spec, key) not in (None, entry[key]):
             return f"{key} {getattr(spec, key)}, the file has {entry[key]}"
@@ -219,5 +219,5 @@ def _difference(spec: FileSpec, entry: Mapping[str, Any]) -> str:
 
 def _advice(path: Path, origin: str) -> str:
     if origin == "placed by hand":
-        return "Place the right file, or delete it to have it downloaded."
+        return "Replace it by the right file, or delete it to have it downloaded."
     return f"{origin} may have a new version. {manual_help(path)}"

@@ -1,6 +1,6 @@
 """Charts as SVG elements in the page's own colours.
 
-A chart is as wide as a phone; several share a row if there is room. Coordinates are in pixels, y grows downwards.
+A chart is as wide as a phone; several share a row if there is room. Coordinates are in pixels, and y grows downwards.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Axis:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, most: int = 5) -> list[float]:
-        """Return round values along the axis: at least two, and at most about `most`."""
+        """Return round values along the axis: at least two, at most about `most`."""
         rough = (self.high - self.low) / most
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
@@ -97,9 +97,9 @@ def _dot(
 
 
 def line_chart(title: str, series: Sequence[Series], form: str = ".3f", zero: bool = False) -> Chart | None:
-    """Return a chart of values over steps, with each line's last value in the legend, or None if there are no values.
+    """Return a chart of values over steps, or None if there are none. The legend shows the last value of each line.
 
-    zero: whether the axis of values starts at 0.
+    zero: whether the y axis starts at 0.
     """
     series = [_thin(line) for line in series if len(line.steps)]
     if not series:
@@ -141,7 +141,7 @@ def histogram(title: str, counts: Sequence[int], edges: Sequence[float]) -> Char
 
 
 def scatter(title: str, points: np.ndarray, colours: Sequence[int], titles: Sequence[Source]) -> Chart:
-    """Return a map of points (n, 2), each at most 1 from the centre. titles: the name of each point."""
+    """Return a map of points (n, 2), which are at most 1 from the centre. titles: name of each point."""
     size = 320
     axis = Axis(-1.04, 1.04, 6, size - 6)
     dots = [
@@ -172,7 +172,7 @@ def dot_rows(title: str, rows: Sequence[tuple[str, Sequence[tuple[str, int, Sour
 
 
 def value_range(values: Sequence[float], zero: bool = False) -> tuple[float, float]:
-    """Return the lowest and the highest finite value, with a small margin around them."""
+    """Return the lowest and the highest finite value, with a small margin."""
     finite = [value for value in values if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     if zero:
@@ -184,7 +184,7 @@ def value_range(values: Sequence[float], zero: bool = False) -> tuple[float, flo
 
 
 def format_number(value: Any, form: str = ".3f") -> str:
-    """Format a number, with a true minus sign. NaN and None become a dash; other values are unchanged.
+    """Format a number with a proper minus sign. NaN and None become a dash; other values are unchanged.
 
     form: a format specification.
     """
@@ -204,7 +204,7 @@ def tick_text(value: float) -> str:
 
 
 def _grid(x: Axis, y: Axis, texts: Mapping[float, str]) -> list[Markup]:
-    """Return horizontal lines with their values, and the steps below. texts: the values and how to write them."""
+    """Return horizontal lines with their values, and the steps below. texts: value and label of each line."""
     rules = [_rule(x.start, x.end, y(value), y(value)) for value in texts]
     values = [_label(text, x.start - 5, y(value) + 4, "end") for value, text in texts.items()]
     steps = [_label(tick_text(value), x(value), y.start + 17) for value in x.ticks(4)]
@@ -212,7 +212,7 @@ def _grid(x: Axis, y: Axis, texts: Mapping[float, str]) -> list[Markup]:
 
 
 def _thin(line: Series) -> Series:
-    """Keep at most MAX_POINTS of a line's points, including the last."""
+    """Keep at most MAX_POINTS points of a line, including the last."""
     every = math.ceil(len(line.steps) / MAX_POINTS)
     kept = slice((len(line.steps) - 1) % every, None, every)
     return Series(line.label, line.steps[kept], line.values[kept], line.colour)

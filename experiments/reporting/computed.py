@@ -1,4 +1,4 @@
-"""The report's own calculations, stored in report.json: comparisons, single queries, and a map of papers."""
+"""Calculations for the report, stored in report.json: comparisons, single queries, and a map of papers."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ NUM_HARDEST, NUM_RANKED = 3, 5
 
 
 def compute(run: RunFiles, num_papers: int, device: str = "auto", packages: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return the numbers of the report that no other file of the run contains.
+    """Compute the numbers of the report that no other file of the run contains.
 
-    num_papers: number of papers on the map, 0 for no map. device: name of the device that encodes them.
+    num_papers: number of papers on the map, 0 for no map.
+    device: name of the device that encodes them.
     packages: packages that the user allows.
     """
     seconds = sum(attempt["seconds"] or 0 for attempt in run.manifest.get("attempts", ()))
@@ -62,7 +63,7 @@ def compute(run: RunFiles, num_papers: int, device: str = "auto", packages: tupl
 
 
 def in_readable_unit(seconds: float) -> dict[str, Any]:
-    """Return a duration in the largest unit that gives at least 2."""
+    """Return a duration in the largest unit in which it is at least 2."""
     for size, unit in ((3600, "hours"), (60, "minutes")):
         if seconds >= 2 * size:
             return {"value": seconds / size, "unit": unit}
@@ -70,9 +71,9 @@ def in_readable_unit(seconds: float) -> dict[str, Any]:
 
 
 def paper_figures(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the paper's figures, as shares, for each benchmark that follows one of its protocols.
+    """Return the paper's figures, as shares, for each benchmark with one of the paper's protocols.
 
-    If the paper's number of queries or documents differs, the entry has its sizes instead.
+    If the paper has another number of queries or documents, the entry has the paper's sizes instead.
     """
     figures = {}
     for name, result in results["benchmarks"].items():
@@ -113,7 +114,7 @@ def _differences(trained: MeasuredSystem) -> dict[str, dict[str, Any]]:
 
 
 def _queries(trained: MeasuredSystem, name: str) -> dict[str, Any]:
-    """Return typical queries and the worst ones, or {} if there are no values per query."""
+    """Return typical queries and the worst queries, or {} if there are no values per query."""
     metric = trained.main_metric(name)
     try:
         values = trained.values(name, metric)
@@ -157,7 +158,7 @@ def _queries(trained: MeasuredSystem, name: str) -> dict[str, Any]:
 def paper_map(
     run: RunFiles, num_papers: int, device: torch.device, packages: tuple[str, ...] = ()
 ) -> dict[str, Any] | None:
-    """Return the same test papers in two dimensions, as the expert of each task encodes them.
+    """Return, for each task, the same test papers in two dimensions, encoded by the task's expert.
 
     Returns None if the run has no checkpoint, no data, or no task whose queries are papers.
     """
@@ -210,7 +211,7 @@ def evenly_spaced(ids: Sequence[str], count: int) -> list[str]:
 def label_groups(benchmark: Benchmark, ids: Sequence[str]) -> tuple[list[str], list[int]]:
     """Return the names of the most frequent labels, and the group of each paper. The last group is "other".
 
-    A paper with several labels belongs to the most frequent one, which is the highest in a hierarchy.
+    A paper with several labels belongs to the most frequent one, which in a hierarchy is the highest.
     """
     labels = [[label for label, grade in benchmark.qrels[id].items() if grade > 0] for id in ids]
     counts = Counter(label for paper_labels in labels for label in paper_labels)
@@ -222,7 +223,7 @@ def label_groups(benchmark: Benchmark, ids: Sequence[str]) -> tuple[list[str], l
 
 
 def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return vectors (n, D) on their first two principal components, (n, 2), at most 1 from the centre.
+    """Project vectors (n, D) onto their first two principal components, (n, 2), scaled to at most 1 from the centre.
 
     The second result is each component's share of the variance.
     """
@@ -237,7 +238,7 @@ def principal_components(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def same_label_share(vectors: np.ndarray, groups: Sequence[int]) -> float:
-    """Return the share of papers whose nearest other paper, by cosine in all dimensions, is in the same group."""
+    """Return the share of papers whose nearest neighbour, by cosine in all dimensions, is in the same group."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
     similarities = unit @ unit.T
     np.fill_diagonal(similarities, -np.inf)

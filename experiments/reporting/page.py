@@ -29,7 +29,7 @@ from experiments.reporting.charts import (
 from experiments.reporting.run_files import COMPUTED, CONFIG, RunFiles, Source
 from lightning_modules.pictures import transplants
 
-PAPER_SYSTEMS = ("BM25", "SPECTER 2.0", "SciMult", "DPR (SciMult")  # prefix of the paper's rows that are shown
+PAPER_SYSTEMS = ("BM25", "SPECTER 2.0", "SciMult", "DPR (SciMult")  # prefixes of the rows in the paper's tables to show
 SYSTEM_COLOURS = {"bm25": 1, "untrained": 7, "start": 7, "trained": 0, "encoder": 0}
 SECTIONS = {
     "results": "Results",
@@ -53,7 +53,7 @@ MINING_COLUMNS = {  # key in a mining report -> heading and format
 
 
 def render(run: RunFiles) -> str:
-    """Return the page. Style, script and charts are inside it, so it needs no other file."""
+    """Return the page. It includes styles, scripts and charts, so it needs no other file."""
     return (
         environment()
         .get_template("report.html.jinja")
@@ -87,7 +87,7 @@ def render(run: RunFiles) -> str:
 
 
 def environment() -> Environment:
-    """Return the environment of pages: escaping, the macros, and our style sheet as `style`."""
+    """Return the template environment: escaping, the macros, and our style sheet as `style`."""
     folder = Path(__file__).parent
     pages = Environment(loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined)
     pages.trim_blocks = pages.lstrip_blocks = True
@@ -126,13 +126,13 @@ class ResultBlock:
     paper_sizes: Source | None = None
 
     def is_best(self, row: ResultRow, metric: str) -> bool:
-        """Return whether a row has the highest value of several systems that we measured."""
+        """Return whether a row has the highest value of all measured systems, if there are several."""
         values = [each.values[metric].value for each in self.rows if each.style != "paper" and metric in each.values]
         return len(values) > 1 and row.style != "paper" and row.values[metric].value == max(values)
 
 
 def _tiles(run: RunFiles) -> list[tuple[str, Source, str, str]]:
-    """Return label, value, format and unit of the large figures at the top of the page."""
+    """Return the label, value, format and unit of each large figure at the top of the page."""
     computed, tiles = run.source(COMPUTED), []
     if "mean" in computed:
         metric = run.results.info.metrics[0]
@@ -243,10 +243,10 @@ def _expert_charts(run: RunFiles) -> list[Chart | None]:
 
 @dataclass(frozen=True)
 class Transplants:
-    """The last transplant matrix: each task's loss with the expert of each task, and how much worse that is.
+    """The last transplant matrix: each task's loss with each expert, and how much worse it is than with the task's own.
 
-    rows: task -> loss and excess for each expert. The loss is None if both tasks share the expert. The excess is 0 for
-    the task's own expert, 1 for the worst, and 0 for a loss that is not finite.
+    rows: task -> loss and excess for each task's expert. The loss is None if both tasks share the expert. The excess is
+        0 for the task's own expert, 1 for the worst expert, and 0 if the loss is not finite.
     """
 
     step: int
@@ -287,7 +287,7 @@ def _margins(run: RunFiles) -> list[Chart]:
 
 
 def _maps(run: RunFiles) -> list[tuple[Source, Chart]]:
-    """Return for each task its entry in report.json and its map."""
+    """Return each task's entry in report.json, and its map."""
     if not run.computed.get("map"):
         return []
     content = run.source(COMPUTED)["map"]

@@ -27,9 +27,9 @@ COMPUTED = "report.json"  # the report's own calculations, stored next to the pa
 
 @dataclass(frozen=True)
 class Source:
-    """A value of a run, and where it is stored.
+    """A value from a run's files, and where it is stored.
 
-    location: FILE#/KEY/KEY with keys as in RFC 6901 (JSON pointers), or FILE#step=STEP/KEY in JSON lines.
+    location: FILE#/KEY/KEY with keys as in RFC 6901 (JSON pointers), or FILE#step=STEP/KEY for JSON lines.
     """
 
     value: Any
@@ -86,7 +86,7 @@ class RunFiles:
 
     @cached_property
     def metrics(self) -> Mapping[int, Mapping[str, Any]]:
-        """Logged values by step. After a resume, the later value of a step counts. Damaged lines are skipped."""
+        """Logged values by step. If a step was logged twice, the later value counts. Damaged lines are skipped."""
         metrics: dict[int, dict[str, Any]] = {}
         for row in read_rows(self.path / "metrics.jsonl"):
             if type(row.get("step")) is int:
@@ -144,5 +144,5 @@ class RunFiles:
 
     @cached_property
     def evaluations(self) -> Mapping[str, Source]:
-        """The results of each `make eval` in the run's folder."""
+        """The results of each `make eval` that are in the run's folder."""
         return self.matching("evaluation/*/results.json", read_results)

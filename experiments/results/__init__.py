@@ -1,1 +1,1 @@
-"""Evaluation results: compute, store, show and compare them."""
+"""Compute, store, show and compare evaluation results."""

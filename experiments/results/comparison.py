@@ -1,4 +1,4 @@
-"""Read systems back from the folders of runs and of `make eval`, and compare them query by query."""
+"""Read the results of systems from runs and from `make eval`, and compare them query by query."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ log = logging.getLogger(__name__)
 
 WRITTEN_AGAIN = "delete results.json, and repeat the command that wrote it"
 MUST_AGREE = {"protocol": "protocols", "data": "data", "split": "splits", "task": "tasks"}  # field -> its plural
-MOST_RELEVANT = 3  # relevant documents shown per query
+MOST_RELEVANT = 3  # number of relevant documents to show per query
 
 
 @dataclass(frozen=True)
 class MeasuredSystem:
     """One system in the folder of a run or of `make eval`.
 
-    results.json                        its metrics, and how they were measured
-    runs/BENCHMARK.SYSTEM.queries.tsv   the value of each metric for each query
-    runs/BENCHMARK.SYSTEM.trec          its rankings
+    results.json                        the metrics, and how they were measured
+    runs/BENCHMARK.SYSTEM.queries.tsv   the value of each metric on each query
+    runs/BENCHMARK.SYSTEM.trec          the rankings
     runs/BENCHMARK.qrels                the judgements
-    runs/BENCHMARK.SYSTEM.draws.tsv     in few-shot learning, the metrics of each draw (instead of queries.tsv and trec)
+    runs/BENCHMARK.SYSTEM.draws.tsv     the metrics of each draw, for few-shot learning (replaces queries.tsv and trec)
 
-    packages: packages that the user allows, for the readers of its data.
+    packages: packages with readers that the user allows.
     """
 
     folder: Path
@@ -62,14 +62,14 @@ class MeasuredSystem:
     def main_metric(self, benchmark: str) -> str:
         metrics = self.benchmarks[benchmark].metrics or self.results.info.metrics
         if not metrics:
-            raise UserError(f"{self.folder} does not have the names of its metrics; evaluate it again")
+            raise UserError(f"{self.folder}/results.json does not name its metrics; evaluate it again")
         return metrics[0]
 
     def values(self, benchmark: str, metric: str) -> dict[str, float]:
         """Return the value of each query.
 
-        Raises UserError if the metric is not computed per query, or if the file is damaged: its mean differs from the
-        metric in results.json.
+        Raises UserError if the metric is not computed per query, or if the file is damaged (its mean differs from the
+        metric in results.json).
         """
         path = self.file(benchmark, "queries.tsv")
         expected = self.benchmarks[benchmark].systems[self.system].metrics.get(metric)
@@ -85,7 +85,7 @@ class MeasuredSystem:
             return values
         except KeyError as error:
             names = ", ".join(name for name in rows[0] if name != "query") or "no metric"
-            raise UserError(f"{path}: has no {metric} per query, only {names}") from error
+            raise UserError(f"{path}: has no values of {metric} per query, only of {names}") from error
         except (OSError, ValueError, TypeError) as error:
             raise UserError(f"{path}: cannot be read ({error}); {WRITTEN_AGAIN}") from error
 
@@ -117,9 +117,9 @@ class MeasuredSystem:
 
 
 def _read_rows(path: Path, count: int, column: int, kind: Callable[[str], Any]) -> Iterator[tuple[str, str, Any]]:
-    """Yield query, document and number of each line. Raises UserError for a line of another form.
+    """Yield the query, document and number of each line. Raises UserError if a line has another form.
 
-    count: number of fields. column, kind: which field is the number, and how it is read.
+    count: number of fields per line. column, kind: position and type of the number.
     """
     try:
         with open(regular(path), encoding="utf-8") as lines:
@@ -137,10 +137,10 @@ def _read_rows(path: Path, count: int, column: int, kind: Callable[[str], Any]) 
 
 
 def open_systems(key: str, names: Sequence[str], packages: Sequence[str] = ()) -> list[MeasuredSystem]:
-    """Open FOLDER or FOLDER:SYSTEM for each of several seeds of one system.
+    """Open FOLDER or FOLDER:SYSTEM for each seed of a system.
 
-    The default of SYSTEM is a run's trained encoder, or the only system of an evaluation.
-    key: option that the names come from, for error messages. packages: packages that the user allows.
+    SYSTEM is by default a run's trained encoder, or the only system of an evaluation.
+    key: option with the names, for error messages. packages: packages that the user allows.
     """
     systems = [dataclasses.replace(_open_system(key, name), packages=tuple(packages)) for name in names]
     if len({(system.folder.resolve(), system.system) for system in systems}) < len(systems):
@@ -158,7 +158,7 @@ def _open_system(key: str, name: str) -> MeasuredSystem:
         raise UserError(f"{key}: {folder} does not exist. {existing_runs()}")
     if not path.is_file():
         others = ", ".join(sorted(str(p.parent) for p in folder.glob("evaluation/*/results.json")))
-        hint = f"; use {others}" if others else " (complete runs and the output folders of make eval have one)"
+        hint = f"; use {others}" if others else " (complete runs and output folders of make eval have it)"
         raise UserError(f"{key}: {folder} has no results.json{hint}")
     results = read_results(path)
     systems = results.systems
@@ -173,13 +173,13 @@ def _open_system(key: str, name: str) -> MeasuredSystem:
 
 
 def seeds_of(systems: Sequence[MeasuredSystem]) -> tuple[int, ...]:
-    """Return the seeds of the runs that systems are from, or () if one is not from a run or two have the same seed."""
+    """Return the seeds of the systems' runs, or () if a system has no run or two have the same seed."""
     seeds = [info.seed for system in systems if isinstance(info := system.results.info, RunInfo)]
     return tuple(seeds) if len({*seeds}) == len(systems) else ()
 
 
 def chosen_benchmarks(chosen: Sequence[str], measured: Iterable[str]) -> list[str]:
-    """Return the benchmarks to compare on, by default all measured ones. Raises UserError for others."""
+    """Return the benchmarks to compare on, by default all measured ones. Raises UserError if one was not measured."""
     measured = list(measured)
     if unknown := set(chosen) - set(measured):
         raise UserError(f"benchmark: no results on {', '.join(sorted(unknown))}; choose from {', '.join(measured)}")
@@ -191,14 +191,14 @@ def aligned_values(
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Return the values of two systems on the same queries, (S, Q) and (S', Q), and the queries.
 
-    a, b: seeds of each system. benchmark_b: benchmark of B, by default that of A. Raises UserError if the queries
-    differ.
+    a, b: seeds of each system. benchmark_b: benchmark of B, by default the same. Raises UserError if the queries
+        differ.
     """
     tables = [system.values(benchmark, metric) for system in a]
     tables += [system.values(benchmark_b or benchmark, metric) for system in b]
     queries = list(tables[0])
     if not queries:
-        raise UserError(f"{benchmark}: no query was measured")
+        raise UserError(f"{benchmark}: no queries were measured")
     for system, table in zip((*a, *b), tables, strict=True):
         if table.keys() != tables[0].keys():
             raise UserError(f"{benchmark}: {system.folder} and {a[0].folder} measured different queries")
@@ -213,7 +213,7 @@ def incomparable(systems: Sequence[MeasuredSystem], benchmark: str) -> str:
         if table is None:
             return f"{system.folder} has no results of {system.system} on this benchmark"
         if not all(getattr(table, key) for key in MUST_AGREE):
-            return f"{system.folder} does not have all of {', '.join(MUST_AGREE)}; evaluate it again"
+            return f"{system.folder} lacks some of {', '.join(MUST_AGREE)}; evaluate it again"
     for key, plural in MUST_AGREE.items():
         values = list(dict.fromkeys(getattr(system.benchmarks[benchmark], key) for system in systems))
         if len(values) > 1:
@@ -230,7 +230,7 @@ def largest_differences(
     values_b: np.ndarray,
     count: int,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Describe the queries on which A leads most, and those on which B does.
+    """Describe the queries on which A leads most, and those on which B leads most.
 
     name: name of the benchmark. values_a, values_b: values of the queries, (Q,). count: queries for each side.
     """
@@ -269,14 +269,14 @@ def describe_document(benchmark: Benchmark | None, id: str, grades: Mapping[str,
 
 
 def short_text(document: Document | None, id: str, longest: int = 120) -> str:
-    """Return a document's title, else its text, cut after a word; its id if it has neither."""
+    """Return a document's title or else its text, cut after a word, or its id if both are empty."""
     text = (document.title or document.text) if document else ""
     text = " ".join(text.split()) or id
     return text if len(text) <= longest else text[: longest - 1].rsplit(" ", 1)[0] + "…"
 
 
 def benchmark_of(measured: MeasuredSystem, name: str) -> Benchmark | None:
-    """Read the data of a benchmark again. Returns None, with a warning, if the data are gone or have changed."""
+    """Read the data of a benchmark again. If the data are gone or have changed, warn and return None."""
     table = measured.benchmarks[name]
     try:
         benchmark = _read_benchmark(measured.folder.resolve(), name, table.split, measured.packages)

@@ -27,7 +27,7 @@ SingleTaskModels = Mapping[str, Sequence[MeasuredSystem]]  # task -> seeds of it
 def open_single_task_models(
     entries: Sequence[str], joint: Sequence[MeasuredSystem], packages: Sequence[str] = ()
 ) -> dict[str, list[MeasuredSystem]]:
-    """Open TASK:FOLDER or TASK:FOLDER:SYSTEM for each single-task model. Several of one task are its seeds.
+    """Open TASK:FOLDER or TASK:FOLDER:SYSTEM for each single-task model. Several entries of a task are its seeds.
 
     Raises UserError for a task that the joint model was not evaluated on.
     """
@@ -37,7 +37,7 @@ def open_single_task_models(
         task, colon, name = entry.partition(":")
         if not colon or task not in tasks:
             raise UserError(
-                f"single: expected TASK:FOLDER, where A has results of TASK ({', '.join(tasks)}), got {entry}"
+                f"single: expected TASK:FOLDER with a task that A has results on ({', '.join(tasks)}), got {entry}"
             )
         names[task].append(name)
     return {task: open_systems(f"single={task}", folders, packages) for task, folders in names.items()}
@@ -53,8 +53,9 @@ def compare_with_single_tasks(
 ) -> dict[str, Any]:
     """Return the gains of the joint model on each benchmark and task, Delta_MTL, and why benchmarks are left out.
 
-    benchmarks: by default all of the tasks. metric: by default the main metric of each benchmark.
-    options: those of relative_gains.
+    benchmarks: by default, all benchmarks of the tasks.
+    metric: by default, the main metric of each benchmark.
+    options: options of relative_gains.
 
     Raises UserError if a task has no single-task model, or no benchmark on which the models can be compared.
     """
@@ -91,7 +92,7 @@ def compare_with_single_tasks(
 
 
 def _tables(joint: Sequence[MeasuredSystem], single: SingleTaskModels) -> dict[str, BenchmarkTable]:
-    """Return the benchmarks of the joint model, and those of each single-task model on its own task."""
+    """Return the joint model's benchmarks, and each single-task model's benchmarks on its own task."""
     tables = {name: table for system in joint for name, table in system.benchmarks.items()}
     for task, systems in single.items():
         results = {name: each for system in systems for name, each in system.benchmarks.items() if each.task == task}
@@ -104,7 +105,7 @@ def _tables(joint: Sequence[MeasuredSystem], single: SingleTaskModels) -> dict[s
 def _compare_on(
     name: str, joint: Sequence[MeasuredSystem], single: Sequence[MeasuredSystem], metric: str | None
 ) -> tuple[tuple[np.ndarray, np.ndarray], dict[str, Any]]:
-    """Return the values of both models on a benchmark, (S, Q) and (S', Q), and its description in compare.json.
+    """Return the values of both models on a benchmark, (S, Q) and (S', Q), and its entry for compare.json.
 
     Raises UserError if they cannot be compared.
     """
@@ -122,12 +123,12 @@ def _compare_on(
 
 
 def gain_table(content: Mapping[str, Any]) -> Table:
-    """Return the gains in percent: of each benchmark, of tasks with several, and Delta_MTL."""
+    """Return a table of gains in percent: for benchmarks, for tasks with several benchmarks, and Delta_MTL."""
     numbers = [("queries", "d"), ("A", ".4f"), ("single", ".4f"), ("gain %", "+.2f"), ("from", "+.2f"), ("to", "+.2f")]
     columns = [Column("task"), Column("benchmark", folds=True), Column("metric")]
     table = Table(
         [*columns, *(Column(heading, form) for heading, form in numbers)],
-        title=f"Relative gain of A over single-task models, and its {content['level']:.0%} interval",
+        title=f"Relative gain of A over single-task models, with {content['level']:.0%} interval",
     )
     for task, gain in content["tasks"].items():
         inside = {name: each for name, each in content["benchmarks"].items() if each["task"] == task}
@@ -141,7 +142,7 @@ def gain_table(content: Mapping[str, Any]) -> Table:
 
 
 def gain_records(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return a row for each benchmark, for each task (without a benchmark), and for Delta_MTL (without a task)."""
+    """Return one row per benchmark, one per task (without benchmark), and one for Delta_MTL (without task)."""
     benchmarks = [{"task": each["task"], "benchmark": name, **each} for name, each in content["benchmarks"].items()]
     empty = dict.fromkeys(benchmarks[0])
     tasks = [empty | {"task": task, **gain} for task, gain in content["tasks"].items()]

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 class FinalTable:
     """Evaluates a run's systems on the final split, and writes results.json. All ranks share the work.
 
-    Encoders compute in fp32 here, as in `make eval`, whatever the precision of the training.
+    Encoders compute in fp32 here, whatever the precision of the training.
     """
 
     def __init__(self, config: Config, benchmarks: Sequence[Benchmark], folder: RunFolder):
@@ -37,7 +37,7 @@ class FinalTable:
         if not self.benchmarks and split != "none":
             raise UserError(
                 f"evaluation.split: no collection has a split {split!r} for the final table; add {split}.jsonl or "
-                f"qrels/{split}.tsv to one, or set evaluation.split=dev (or train, to see whether it learns)"
+                f"qrels/{split}.tsv to one, or set evaluation.split=dev (or train, to see whether the model learns)"
             )
         if self.benchmarks and (missing := set(config.task) - {benchmark.task for benchmark in self.benchmarks}):
             log.warning("the final table has no results for %s: no %s split", ", ".join(sorted(missing)), split)
@@ -65,7 +65,7 @@ class FinalTable:
 
         checkpoint: name of the file that the encoder was loaded from. checkpoint_step: optimizer step of that file.
         last_step: optimizer step at which training ended.
-        document_vectors: vectors of documents, for an encoder that was trained for queries alone.
+        document_vectors: vectors of the documents, if the encoder was only trained for queries.
         """
         if self.benchmarks:
             log.info("final table on %s", describe_device(encoder.device))
@@ -87,14 +87,14 @@ class FinalTable:
             self.results.write(self.folder.results)
 
     def logged_metrics(self) -> dict[str, float]:
-        """Return the trained encoder's metrics for loggers: <split>/<benchmark>/<metric>, and the mean of the first."""
+        """Return the trained encoder's metrics for loggers: SPLIT/BENCHMARK/METRIC, and the first metric's mean."""
         split, first = self.results.info.split, self.results.info.metrics[0]
         trained = {name: table.systems["trained"].metrics for name, table in self.results.benchmarks.items()}
         values = {f"{split}/{name}/{metric}": x for name, metrics in trained.items() for metric, x in metrics.items()}
         return values | {f"{split}/mean/{first}": self.results.means()["trained"]}
 
     def logged_rows(self) -> tuple[list[str], list[list[Any]]]:
-        """Return columns and rows of the table, for loggers."""
+        """Return the columns and rows of the table, for loggers."""
         metrics = self.results.info.metrics
         rows = [
             [table.task, name, system, *(result.metrics.get(metric) for metric in metrics)]
@@ -121,7 +121,7 @@ class FinalTable:
         """Return the baselines, if they were evaluated on the same data with the same metrics and protocols."""
         if not self.baselines_file.is_file():
             if self.config.evaluation.baselines and self.benchmarks:
-                log.warning("the final table has no baselines: they are only evaluated when a run starts")
+                log.warning("the final table has no baselines, because they are only evaluated when a run starts")
             return {}
         try:
             content, tables = read_tables(self.baselines_file)
@@ -131,7 +131,9 @@ class FinalTable:
         now = {benchmark.name: (benchmark.protocol, benchmark.fingerprint()) for benchmark in self.benchmarks}
         then = {name: (table.protocol, table.data) for name, table in tables.items()}
         if {key: content.get(key) for key in self._protocol()} != self._protocol() or then != now:
-            log.warning("the baselines have other data, metrics or protocols, so the final table leaves them out")
+            log.warning(
+                "the baselines were evaluated with other data, metrics or protocols, so the final table leaves them out"
+            )
             return {}
         return tables
 
@@ -140,7 +142,7 @@ def show_results(results: Results) -> None:
     """Print the results of a run."""
     info = results.info
     if not results.benchmarks:
-        log.info("no final table (evaluation.split=none): the run ended with step %d", info.checkpoint_step)
+        log.info("no final table (evaluation.split=none); the run ended at step %d", info.checkpoint_step)
         return
     chosen = "" if info.checkpoint != LAST.name else " (the dev splits were not used)"
     stopped = f", stopped early at step {info.stopped_at}" if info.stopped_at else ""

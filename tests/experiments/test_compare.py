@@ -182,7 +182,7 @@ def test_reasons_are_grouped_and_folders_have_short_names(tmp_path, monkeypatch)
     ("arguments", "message"),
     [
         ([], "A: required, run folder"),
-        (["A={a}"], "B: required, the system to compare with, .* or single=TASK:FOLDER"),
+        (["A={a}"], "B: required; name the system to compare with, .* or set single=TASK:FOLDER"),
         (["A={a}", "B={a}", "single=search:{a}"], "B and single: set only one"),
         (["A={a}", "B={a}", "lower_is_better=yes"], "lower_is_better: only used with single"),
         (["A={a}", "single=search:{a}", "examples=2"], "examples: .*leave it out with single"),

@@ -258,7 +258,7 @@ def test_file_placed_by_hand_is_verified_and_used(files, server, tmp_path, recip
     path = tmp_path / "root" / "downloads" / "search_test" / "evaluation-00000-of-00001.parquet"
     path.parent.mkdir(parents=True)
     path.write_bytes(b"something else")
-    with pytest.raises(UserError, match="the recipe has sha256 [0-9a-f]{64}, the file has [0-9a-f]{64}. Place the"):
+    with pytest.raises(UserError, match="the recipe has sha256 [0-9a-f]{64}, the file has [0-9a-f]{64}. Replace it"):
         make(recipe, server, tmp_path / "root", "only=scirepeval_search_test")
     assert path.read_bytes() == b"something else"
     path.write_bytes(files["search_test/evaluation-00000-of-00001.parquet"])
@@ -293,7 +293,7 @@ def test_part_of_another_version_is_downloaded_from_the_beginning(files, server,
 def test_first_download_without_checksum_is_pinned(files, server, tmp_path, recipe, caplog):
     root = tmp_path / "root"
     make(recipe, server, root, "only=maple_mesh")
-    assert "mesh/desc2022.xml: the recipe has no checksum. This first download is trusted, and" in caplog.text
+    assert "mesh/desc2022.xml: the recipe has no checksum, so this first download is trusted, and" in caplog.text
     path = root / "downloads" / "mesh" / "desc2022.xml"
     path.unlink()
     server.files["mesh/desc2022.xml"] = files["mesh/desc2022.xml"].replace(b"What 3 is", b"What 3 was")
@@ -313,7 +313,7 @@ def test_first_download_without_checksum_is_pinned(files, server, tmp_path, reci
 def test_checksum_of_an_invalid_archive_is_forgotten(files, server, tmp_path, recipe):
     root = tmp_path / "root"
     server.files["maple/MAPLE.zip"] = b"an error page"
-    with pytest.raises(UserError, match="MAPLE.zip: the archive is damaged .* Delete it to download it again"):
+    with pytest.raises(UserError, match="MAPLE.zip: the archive is damaged .*; delete it to download it again"):
         make(recipe, server, root, "only=maple_cs")
     (root / "downloads" / "maple" / "MAPLE.zip").unlink()
     server.files["maple/MAPLE.zip"] = files["maple/MAPLE.zip"]
@@ -403,7 +403,7 @@ def test_folder_of_the_user_is_not_overwritten(server, tmp_path, recipe):
     user_file = tmp_path / "root" / "maple_cs" / "precious.txt"
     user_file.parent.mkdir(parents=True)
     user_file.write_text("mine")
-    with pytest.raises(UserError, match="maple_cs: exists, but no recipe built it"):
+    with pytest.raises(UserError, match="maple_cs: already exists, but was not built by a recipe"):
         make(recipe, server, tmp_path / "root", "only=maple_cs")
     assert user_file.read_text() == "mine"
 
@@ -442,8 +442,8 @@ def test_only_one_command_runs_at_a_time(server, tmp_path, recipe):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "recipe: required, a name (beir_sci, scimult) or a YAML file"),
-        (["data.root=x"], "recipe: required, a name (beir_sci, scimult) or a YAML file"),
+        ([], "recipe: required; expected a name (beir_sci, scimult) or a YAML file"),
+        (["data.root=x"], "recipe: required; expected a name (beir_sci, scimult) or a YAML file"),
         (
             ["simult"],
             "recipe: unknown recipe 'simult'; did you mean scimult? Expected one of beir_sci, scimult, a YAML",

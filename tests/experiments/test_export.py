@@ -474,9 +474,9 @@ def test_unreachable_hub_raises_user_error(tmp_path, monkeypatch):
         (["push=lab/../model"], "push: "),
         (["push=lab/model", "format=reference"], "push: needs a folder"),
         (["private=yes"], "private: needs push=OWNER/NAME"),
-        (["license=my own"], "license: expected an id of the hub, got 'my own'"),
+        (["license=my own"], "license: expected an id from the hub, got 'my own'"),
         (["base_model=/home/bob/bert"], "base_model: expected an id of the hub"),
-        (["language=en,x: y"], "language: expected an id of the hub, got 'x: y'"),
+        (["language=en,x: y"], "language: expected an id from the hub, got 'x: y'"),
     ],
 )
 def test_invalid_options_of_the_hub_are_refused_before_the_model_is_loaded(tmp_path, monkeypatch, arguments, message):

@@ -179,7 +179,7 @@ def test_invalid_options_raise_user_error(model, scirepeval, tmp_path):
     out = f"output={tmp_path / 'out'}"
     for arguments, message in (
         (["format=beir", model_option, f"data={data}", out], "format: expected one of scidocs, .*, got 'beir'"),
-        (["format=scirepeval", model_option, f"data={data}", out], "tasks: required by format=scirepeval"),
+        (["format=scirepeval", model_option, f"data={data}", out], "tasks: required with format=scirepeval"),
         (["format=scidocs", model_option, f"data={data}", out], "has none of paper_metadata_mag_mesh.json"),
         (["format=scidocs", model_option, f"data={data}", out, "only=mag"], "only: expected one of cls, .*, got 'mag'"),
         (["format=pmc_patients", model_option, f"data={data}", out], "has neither PAR nor PPR"),

@@ -147,7 +147,9 @@ def test_judge_relabels_while_mining_or_a_store_and_the_run_trains_on_it(tmp_pat
         for output in ("at once", "later"):
             with pytest.raises(UserError, match="mined with other settings .*(judges|relabelled)"):
                 mine([*arguments, f"output={tmp_path / output}"])
-    with pytest.raises(UserError, match="mining.store: make mine relabels its negatives, so it needs mining.judge"):
+    with pytest.raises(
+        UserError, match="mining.store: make mine relabels the negatives of this store, so it needs mining.judge"
+    ):
         mine(["moe", *SMALL, f"mining.store={tmp_path / 'plain'}", f"output={tmp_path / 'none'}"])
     with pytest.raises(UserError, match="mining.judge: this run mines nothing"):
         train("moe", [f"run.dir={tmp_path / 'unused'}", *SMALL, judge])
@@ -249,7 +251,7 @@ def test_asymmetric_student_mines_among_its_teachers_documents(run, tmp_path, ma
     assert mined.meta["document_model"] == stores[0].meta["document_model"] != mined.meta["model"]
     with pytest.raises(UserError, match="mined with other settings .document_model: None then"):
         mine(["moe", *SMALL, *MINED[1:], f"model={run}", f"document_model={teacher}", f"output={tmp_path / 'without'}"])
-    with pytest.raises(UserError, match="document_model: expected together with model"):
+    with pytest.raises(UserError, match="document_model: needs model= too"):
         mine(["moe", *SMALL, *MINED[1:], f"document_model={teacher}", f"output={tmp_path / 'none'}"])
 
 
@@ -414,7 +416,7 @@ def test_every_n_epochs_counts_passes_over_all_examples():
         (["mining.first_rank=100"], "mining.first_rank: expected a rank below mining.k .100., got 100"),
         (
             ["mining.every_n_steps=2", "mining.use=data"],
-            "mining.use: with data, the mined hard negatives are never used",
+            "mining.use: data never uses the mined hard negatives",
         ),
         (["mining.every_n_steps=2", "data.num_hard_negatives=0"], "is 0, so mined hard negatives are never used"),
         (

@@ -199,7 +199,7 @@ def test_missing_data_are_listed_with_their_source(root, tmp_path, caplog):
     with pytest.raises(UserError, match="scifact_all needs search of the evaluation data"):
         main(["model=bm25", "benchmarks=scifact_all", f"data.root={partial}", f"output={tmp_path / 'none'}"])
     caplog.clear()
-    with caplog.at_level("INFO"), pytest.raises(UserError, match="has the data of none"):
+    with caplog.at_level("INFO"), pytest.raises(UserError, match="has no data for any"):
         main(["model=bm25", "benchmarks=sci*", f"data.root={tmp_path}", f"output={tmp_path / 'none'}"])
     assert "to get: search of the evaluation data of SciMult's authors" in caplog.text
     assert not (tmp_path / "none").exists()
@@ -235,7 +235,10 @@ GOOD = """
     ("text", "message"),
     [
         ("benchmarks: [1]", "expected the key benchmarks"),
-        ("benchmarks: {mine: 3}", "benchmark 'mine': expected settings under its name and under defaults, got a value"),
+        (
+            "benchmarks: {mine: 3}",
+            "benchmark 'mine': expected a mapping under its name and under defaults, got a value",
+        ),
         (f"defaults: 3\nbenchmarks:\n  mine:{GOOD}", "benchmark 'mine': expected settings under its name"),
         (f"benchmarks:\n  1.5:{GOOD}", "benchmark 1.5: expected a name of a to z"),
         (f"benchmark:\n  mine:{GOOD}", "expected the key benchmarks"),

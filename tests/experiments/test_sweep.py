@@ -202,7 +202,7 @@ while config["optim"]["lr"] == 0.1:
     results = json.loads((output / "results.json").read_text())["trials"]
     assert [(row["trial"], row["state"]) for row in results] == [(2, "finished"), (0, "finished"), (1, "stopped")]
     assert (results[2]["step"], results[2]["value"]) == (7, 0.1)
-    assert results[2]["reason"] == "0.1 at value 1; the best 1 of 2 have reached 0.2"
+    assert results[2]["reason"] == "0.1 at value 1; the best 1 of 2 trials reached 0.2"
     assert "trial 1 is stopped early at step 7" in caplog.text
     assert "failed" not in caplog.text
     assert "stopped early at step 7" in " ".join(capsys.readouterr().out.split())

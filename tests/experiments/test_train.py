@@ -370,7 +370,7 @@ def test_the_loggers_of_lightning_get_the_rows_of_a_run(tmp_path):
 
 def test_unknown_loggers_are_refused():
     for name in ("[tensorbord]", "[csv,csv]"):
-        with pytest.raises(UserError, match="loggers: expected some of tensorboard, csv, each once"):
+        with pytest.raises(UserError, match="loggers: expected tensorboard or csv, each at most once"):
             load_config("moe", [f"loggers={name}"])
 
 
@@ -405,7 +405,7 @@ def test_callbacks_of_lightning_may_log_and_stop_the_training(tmp_path, monkeypa
 
 
 def test_early_stopping_needs_evaluations(tmp_path):
-    with pytest.raises(UserError, match=r"evaluation\.patience: counts evaluations, but there are none"):
+    with pytest.raises(UserError, match=r"evaluation\.patience: there are no evaluations to count"):
         train("vanilla", two_steps(tmp_path, *TINY, "evaluation.patience=2", "evaluation.every_n_steps=0"))
 
 
@@ -438,7 +438,7 @@ def test_a_run_without_final_table_gets_it_later(tmp_path, capsys, caplog):
     systems = [table["systems"] for table in json.loads((tmp_path / "results.json").read_text())["benchmarks"].values()]
     assert len(systems) == 3
     assert all("trained" in each for each in systems)
-    assert "the final table has no baselines: they are only evaluated when a run starts" in caplog.text
+    assert "the final table has no baselines, because they are only evaluated when a run starts" in caplog.text
     train("vanilla", [*quick, "evaluation.split=none"])
     assert json.loads((tmp_path / "results.json").read_text())["split"] == "test"
 

@@ -85,7 +85,7 @@ def test_the_order_of_keys_does_not_matter(folders):
         ("task.serach.data={root}/mine", "unknown task 'serach'; did you mean search?"),
         (
             "task.search.data.mine._target_=jsnl.JsonlReader",
-            "did you mean jsonl? Expected a class of datamodules or lightning_modules, got 'jsnl.JsonlReader'",
+            "did you mean jsonl? Expected a class from datamodules or lightning_modules, got 'jsnl.JsonlReader'",
         ),
         ("task.search.data.mine.view=x", "with _target_, such as {{_target_: jsonl.JsonlReader, folder: FOLDER}}"),
     ],

@@ -104,7 +104,9 @@ def test_bayes_moves_towards_the_best_values():
 
 
 def test_bayes_accepts_running_trials_and_values_rounded_out_of_the_range():
-    with pytest.raises(UserError, match="parameters.a: no multiple of q=1 is from min to max"):  # an IndexError before
+    with pytest.raises(
+        UserError, match="parameters.a: no multiple of q=1 lies between min and max"
+    ):  # an IndexError before
         parameters_of("a: {distribution: q_uniform, min: 0.1, max: 0.9, q: 1}")[0].grid()
     parameters = parameters_of("a: {distribution: q_uniform, min: 0.04, max: 0.96, q: 0.1}")
     past = [({"a": a / 10}, -a) for a in range(11)]
@@ -138,7 +140,7 @@ def test_bayes_accepts_running_trials_and_values_rounded_out_of_the_range():
         ("method: grid\nparameters: {optim.lr: {vales: [1]}}\n", ["expected value, values"]),
         (
             "method: grid\nparameters: {optim.lr: {distribution: log_uniform, min: -9, max: -1}}\n",
-            ["got 'log_uniform', use log_uniform_values, whose min and max are the values"],
+            ["got 'log_uniform', use log_uniform_values, whose min and max are values"],
         ),
         (
             "method: grid\nparameters: {optim.lr: {distribution: normal, mean: 1}}\n",
@@ -147,7 +149,7 @@ def test_bayes_accepts_running_trials_and_values_rounded_out_of_the_range():
         *(
             (
                 f"method: random\nrun_cap: 1\nparameters: {{optim.lr: {{values: [0.1, 1], probabilities: {given}}}}}\n",
-                ["optim.lr.probabilities: expected 2 numbers of at least 0 that sum to 1, got"],
+                ["optim.lr.probabilities: expected 2 non-negative numbers with the sum 1, got"],
             )
             for given in ("[0.5]", "[0.5, 0.6]", "[2, -1]", "[a, b]", "0.5")
         ),
@@ -158,15 +160,15 @@ def test_bayes_accepts_running_trials_and_values_rounded_out_of_the_range():
         (f"{ONE}early_terminate: {{}}\n", ["no value for early_terminate.type"]),
         (
             f"{ONE}early_terminate: {{type: hyperband}}\n",
-            ["expected min_iter, or s and a max_iter above eta"],
+            ["expected either min_iter, or s with a max_iter above eta"],
         ),
         (
             f"{ONE}early_terminate: {{type: hyperband, max_iter: 9}}\n",
-            ["expected min_iter, or s and a max_iter above eta"],
+            ["expected either min_iter, or s with a max_iter above eta"],
         ),
         (
             f"{ONE}early_terminate: {{type: hyperband, min_iter: 3, max_iter: 9, s: 1}}\n",
-            ["expected min_iter, or s and a max_iter above eta"],
+            ["expected either min_iter, or s with a max_iter above eta"],
         ),
         (f"{ONE}early_terminate: {{type: hyperband, min_iter: 1.5}}\n", ["min_iter: ", "1.5", "Integer"]),
         (
@@ -176,7 +178,7 @@ def test_bayes_accepts_running_trials_and_values_rounded_out_of_the_range():
         (f"{ONE}early_terminate: {{type: hyperband, min_iter: 1, strict: 3.5}}\n", ["early_terminate.strict"]),
         (
             f"{ONE}early_terminate: {{type: hyperband, max_iter: 2, s: 1, eta: 3}}\n",
-            ["expected min_iter, or s and a max_iter above eta"],
+            ["expected either min_iter, or s with a max_iter above eta"],
         ),
         (
             f"{ONE}early_terminate: {{type: hyperband, min_iter: 1{'0' * 400}}}\n",
@@ -244,7 +246,7 @@ def test_the_metric_may_be_one_that_diagnostics_and_mining_log(make_file):
         ("{value: 0.1}", "{parameters: x}", "parameters.optim.lr.parameters: expected keys with values, got 'x'"),
         ("{value: 0.1}", "{1: 0.1}", "parameters.optim.lr: expected value, values, .* got 1"),
         ("{value: 0.1}", "{min: 0.0, max: .inf}", "parameters.optim.lr.max: expected a number, got inf"),
-        ("{value: 0.1}", "{values: [{a: 1, 2: 3}]}", "the keys of a mapping must all be texts"),
+        ("{value: 0.1}", "{values: [{a: 1, 2: 3}]}", "the keys of a mapping must be all texts"),
         ('[make, train, "${args_no_hyphens}"]', "5", "command: expected a list"),
         ('[make, train, "${args_no_hyphens}"]', "make train ${args_no_hyphens}", "command: expected a list"),
     ],
@@ -312,4 +314,4 @@ def test_a_trial_outside_the_best_share_is_stopped(values, others, strict, is_st
         signed = [[sign * value for value in each] for each in (values, *others)]
         assert bool(rule.reason(signed[0], signed[1:], maximize)) == is_stopped
     reason = Hyperband("hyperband", min_iter=2, eta=2).reason([0.1, 0.2], [[0, 0.3]], True)
-    assert reason == "0.2 at value 2; the best 1 of 2 have reached 0.3"
+    assert reason == "0.2 at value 2; the best 1 of 2 trials reached 0.3"
