@@ -54,9 +54,9 @@ DATA_NODE = re.compile(r"task\.(?P<task>[^.]+)\.data\.(?P<name>[^.]+)(?=\.)")
 class RunsOptions:
     """List runs, the latest first.
 
-    A row shows the settings that differ from its experiment, with names as short as possible. Settings that all
-    runs share are above the table. It also shows the progress, the mean over the benchmarks in the first metric and
-    that of BM25, the device hours, and the medians of the logged speeds. A narrow terminal shows fewer columns.
+    A row shows the settings that differ from the run's experiment, with names as short as possible. Settings that all
+    runs share are above the table. A row also shows the progress, the mean of the first metric over the benchmarks for
+    the run and for BM25, the device hours, and the medians of the logged speeds. A narrow terminal shows fewer columns.
     """
 
     root: Path = option(Path("runs"), "folder with runs at any depth")
@@ -67,9 +67,9 @@ class RunsOptions:
 class ListedRun:
     """A run in the list.
 
-    settings: dotted key -> value, of settings that differ from the experiment's, and of those shown in place of a
-        default folder name.
-    record: what is shown of it, under the keys of the machine formats. data: what its mean was measured on.
+    settings: dotted key -> value of settings that differ from the experiment's, or that replace a default folder name.
+    record: the run's figures under the keys of the machine formats.
+    data: the data on which the mean was measured.
     """
 
     config: Mapping[str, Any]
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> None:
     reserve_stdout(options.format)
     runs, problems = [], []
     for path in sorted(options.root.rglob("config.yaml")):
-        if not (path.parent / "checkpoints").is_dir():  # a file of another tool
+        if not (path.parent / "checkpoints").is_dir():  # config.yaml of another tool
             continue
         try:
             runs.append(list_run(RunFiles(path.parent)))
@@ -98,7 +98,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def list_run(run: RunFiles) -> ListedRun:
-    """Read what the list shows of a run."""
+    """Read what the list shows about a run."""
     max_steps, results = run.config["trainer"]["max_steps"], run.results
     means = results.means() if results else {}
     experiment, scale, seed = run.config["experiment"], run.config["scale"], run.config["run"]["seed"]
@@ -123,7 +123,7 @@ def list_run(run: RunFiles) -> ListedRun:
 
 
 def differences(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run that are not those of its experiment, without tasks that the experiment lacks."""
+    """Return the settings of a run that differ from its experiment, without tasks that the experiment lacks."""
     current = _current_settings(config["experiment"], config["scale"])
     changed = {}
     for key, value in flat(config):
@@ -134,7 +134,7 @@ def differences(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _as_text(key: str, value: Any) -> str:
-    """Return a value as it is typed; of a class only its name."""
+    """Return a value as typed on the command line, and only the name of a class."""
     if isinstance(value, list):
         return f"[{','.join(_as_text('', item) for item in value)}]"
     text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
@@ -142,7 +142,7 @@ def _as_text(key: str, value: Any) -> str:
 
 
 def short_keys(keys: Iterable[str]) -> dict[str, str]:
-    """Return the shortest last parts of each dotted key that no other key ends in. A node is named like its class."""
+    """Return the shortest end of each dotted key that no other key has. A node is named after its class."""
     paths = {key: key.removesuffix(TARGET).split(".") for key in keys}
     counts = Counter(tuple(path[i:]) for path in paths.values() for i in range(len(path)))
     return {
@@ -153,7 +153,7 @@ def short_keys(keys: Iterable[str]) -> dict[str, str]:
 
 @functools.cache
 def _current_settings(experiment: str, scale: str) -> dict[str, Any]:
-    """Return an experiment's settings by dotted key; {} if it no longer exists or needs further keys."""
+    """Return an experiment's settings by dotted key, or {} if it no longer exists or needs further keys."""
     try:
         return dict(flat(as_dict(load_config(experiment, [f"scale={scale}"], checks_classes=False))))
     except UserError:
@@ -161,7 +161,7 @@ def _current_settings(experiment: str, scale: str) -> dict[str, Any]:
 
 
 def device_hours(run: RunFiles) -> float:
-    """Return the hours of training times devices, summed over all attempts that were not killed."""
+    """Return the device hours of training, summed over all attempts that were not killed."""
     attempts = run.manifest.get("attempts", ())
     return sum((attempt["seconds"] or 0) * attempt.get("devices", 1) for attempt in attempts) / 3600
 
@@ -214,7 +214,7 @@ def _cells(run: ListedRun, settings: Mapping[str, Any], short: Mapping[str, str]
 
 
 def _settings_text(settings: Mapping[str, Any], short: Mapping[str, str]) -> str:
-    """Return settings as key=value. Of data sets that the experiment does not have, only the names are shown."""
+    """Return settings as key=value. Data sets that the experiment does not have are only named."""
     texts: dict[str, Any] = {}
     for key, value in settings.items():
         node = DATA_NODE.match(key)
@@ -227,7 +227,7 @@ def _settings_text(settings: Mapping[str, Any], short: Mapping[str, str]) -> str
 
 
 def records_of(runs: Sequence[ListedRun]) -> list[dict[str, Any]]:
-    """Return the record of each run, with its values of all settings that any run changed."""
+    """Return a record for each run, with its values of all settings that any of the runs changed."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     settings = [dict(flat(run.config)) for run in runs]
     return [

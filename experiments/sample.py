@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class SampleOptions:
-    """Write the built-in sample in BEIR layout, to look at, for other tools, or as a template for your own data."""
+    """Write the built-in sample in BEIR layout: to look at, for other tools, or as a template for your own data."""
 
     output: Path = option(help="folder for the four collections")
     papers: int = option(5000, "number of papers", minimum=1)

@@ -32,26 +32,28 @@ TEMPLATE, CLUSTER = FOLDER / "slurm" / "train.sbatch", FOLDER / "slurm" / "clust
 FIELD = re.compile(r"{{(\w+)}}")
 PLAIN_WORD = re.compile(r"[\w@%+=:,./${}-]+", re.ASCII)
 NOT_IN_LOG = re.compile(r"[\x00-\x1f\x7f%\\]")  # sbatch replaces % and \ in the name of a log, even in quotes
-FOR_THE_SHELL = {"setup", "launch", "python"}  # keys of cluster.yaml
-MIN_TRAINING = 60  # seconds of TIME that must remain before the signal
+FOR_THE_SHELL = {"setup", "launch", "python"}  # keys of cluster.yaml whose values the shell reads
+MIN_TRAINING = 60  # minimum number of seconds to train before the signal
 
 
 @dataclass(kw_only=True)
 class ClusterOptions:
-    """Resources of a job. Defaults come from experiments/slurm/cluster.yaml, where keys are in lower case."""
+    """Resources of a job. Defaults come from experiments/slurm/cluster.yaml, in which keys are in lower case."""
 
-    partition: str | None = option(None, "partition; by default the cluster chooses", key="PARTITION")
+    partition: str | None = option(None, "partition; by default, the cluster chooses", key="PARTITION")
     account: str | None = option(None, "account to charge", key="ACCOUNT")
     qos: str | None = option(None, "quality of service", key="QOS")
     constraint: str | None = option(None, "kind of node, such as a100", key="CONSTRAINT")
     cpus: int = option(8, "cores per rank", minimum=1, key="CPUS")
-    mem: str | None = option(None, "memory per node, such as 200G; 0: all of the node's memory", key="MEM")
-    grace: int = option(120, "seconds before the end of TIME at which the run saves", minimum=1, key="GRACE")
+    mem: str | None = option(None, "memory per node, such as 200G; 0: all memory of the node", key="MEM")
+    grace: int = option(120, "seconds before the end of TIME when the run saves", minimum=1, key="GRACE")
     setup: str = option("", "shell commands before the run, such as module load cuda", key="SETUP")
-    launch: str | None = option(None, "prefix of python in every rank, such as apptainer exec IMAGE", key="LAUNCH")
+    launch: str | None = option(
+        None, "command in front of python on every rank, such as apptainer exec IMAGE", key="LAUNCH"
+    )
     python: str | None = option(
         None,
-        "interpreter of the job, by default the one that writes the job (of .venv)",
+        "Python interpreter of the job, by default the one that runs this command (from .venv)",
         key="JOB_PYTHON",
     )
 
@@ -60,7 +62,7 @@ class ClusterOptions:
 class SlurmOptions(ExperimentOptions, ClusterOptions):
     """Write a SLURM job, or an array of jobs, that trains an experiment, and submit it.
 
-    The job is a filled-in copy of experiments/slurm/train.sbatch in slurm/. Its log goes next to it.
+    The job is a filled-in copy of experiments/slurm/train.sbatch in slurm/, with its log next to it.
     """
 
     time: str = option(
@@ -80,7 +82,9 @@ class SlurmOptions(ExperimentOptions, ClusterOptions):
     at_once: int | None = option(
         None, "maximum number of array jobs that run at the same time", minimum=1, key="AT_ONCE"
     )
-    submit: bool | None = option(None, "whether to submit the job; if not, print the sbatch command", key="SUBMIT")
+    submit: bool | None = option(
+        None, "whether to submit the job; otherwise, the sbatch command is printed", key="SUBMIT"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +108,9 @@ def slurm(arguments: Sequence[str]) -> Path:
     check_name("run.dir: folder", name)
     script = Path("slurm", f"{name}.sbatch").absolute()
     if NOT_IN_LOG.search(str(script)):
-        raise UserError(f"{str(script)!r}: expected a path without %, \\ and control characters, because of sbatch")
+        raise UserError(
+            f"{str(script)!r}: expected a path without %, \\ and control characters, which sbatch cannot handle"
+        )
     with explained(f"{script}: cannot be written"):
         script.parent.mkdir(exist_ok=True)
         write_text(script, fill(TEMPLATE.read_text(encoding="utf-8"), _template_fields(options, runs, script)))
@@ -113,14 +119,14 @@ def slurm(arguments: Sequence[str]) -> Path:
         log.info("  %s, in %s", run.experiment, run.folder)
     if options.submit:
         log.info("job %s: squeue --me, tail -F %s", submit(script), script.parent / f"{name}-*.out")
-        log.info("To stop it: scancel JOB. To let it save and resume it later: scancel --signal=USR1 JOB")
+        log.info("To stop it: scancel JOB. To save, and resume later: scancel --signal=USR1 JOB")
     else:
         log.info("Next: sbatch %s (or SUBMIT=1 here)", shlex.quote(str(script)))
     return script
 
 
 def read_options(arguments: Sequence[str]) -> tuple[SlurmOptions, list[str]]:
-    """Return the options, with the defaults of cluster.yaml, and the overrides of the experiment."""
+    """Return the options, with defaults from cluster.yaml, and the overrides of the experiment."""
     cluster = _read_cluster()
     defaults = [f"{option_key(field)}={as_argument(getattr(cluster, field.name))}" for field in fields(cluster)]
     if arguments and "=" not in arguments[0]:  # the experiment must remain the first argument
@@ -142,7 +148,8 @@ def read_options(arguments: Sequence[str]) -> tuple[SlurmOptions, list[str]]:
 def _read_cluster() -> ClusterOptions:
     """Read cluster.yaml.
 
-    In text for the shell, OmegaConf must replace ${oc.env:NAME} alone. A ${NAME} may be escaped, but need not be.
+    In text for the shell, OmegaConf must only replace ${oc.env:NAME}. A ${NAME} may be escaped, but does not have to
+    be.
     """
     content = OmegaConf.to_container(read_yaml(CLUSTER))
     setup = content.get("setup") or []
@@ -174,7 +181,7 @@ def seconds(time: str) -> int:
 
 
 def plan_runs(options: SlurmOptions, overrides: Sequence[str]) -> list[Run]:
-    """Return all trainings of the job, after checking their configurations."""
+    """Return all trainings of the job, and check their configurations."""
     ranks = {
         "trainer.num_nodes": str(options.nodes),
         "trainer.devices": str(options.gpus or options.tasks),
@@ -197,12 +204,12 @@ def plan_runs(options: SlurmOptions, overrides: Sequence[str]) -> list[Run]:
         config.trainer.accelerator = ranks["trainer.accelerator"]
         runs.append(Run(experiment, tuple(arguments), folder_of(config)))
     if len({run.folder for run in runs}) < len(runs):
-        raise UserError("run.dir: each job of an array needs its own folder; leave out run.dir, and each job gets one")
+        raise UserError("run.dir: each job of an array needs its own folder; leave out run.dir to give each job one")
     return runs
 
 
 def _trials(options: SlurmOptions, overrides: Sequence[str]) -> list[list[str]]:
-    """Return the arguments of each trial of SWEEP. Without SWEEP, there is a single run without arguments."""
+    """Return the arguments of each trial of SWEEP. Without SWEEP, return one run without arguments."""
     if not options.sweep:
         return [[]]
     if options.exps or options.seeds:
@@ -240,7 +247,7 @@ def _template_fields(options: SlurmOptions, runs: Sequence[Run], script: Path) -
 def fill(template: str, values: Mapping[str, str]) -> str:
     """Fill in a template, leaving out options of sbatch without a value.
 
-    Values of options are quoted: sbatch reads quotes and backslashes as a shell does, and # starts a comment.
+    Values of options are quoted, because sbatch reads quotes and backslashes like a shell, and # starts a comment.
     """
     lines = []
     for line in template.splitlines():

@@ -38,22 +38,22 @@ log = logging.getLogger(__name__)
 class StudyOptions:
     """Train and evaluate the arms of a study, and write a page with tables, intervals, tests and a plot.
 
-    The same command continues a study that was interrupted, or whose minutes were up.
+    The same command continues a study that was interrupted or ran out of minutes.
     """
 
     study: str = option("", "name of a file in experiments/studies, or a path")
-    values: tuple[str, ...] = option((), "NAME=TEXT for each value of the file to replace, such as values=data=../data")
-    arms: tuple[str, ...] = option((), "arms to run, with those they need; by default all")
+    values: tuple[str, ...] = option((), "values of the file to replace, as NAME=TEXT, such as values=data=../data")
+    arms: tuple[str, ...] = option((), "arms to run, together with the arms they need; by default all")
     seeds: tuple[int, ...] = option((), "seeds to run, by default all")
     parallel: int = option(
         1, "number of jobs to run at a time; they take turns on the GPUs, if there are any", minimum=1
     )
-    minutes: float | None = option(None, "minutes after which running commands save and end", above=0)
+    minutes: float | None = option(None, "number of minutes after which running commands save and end", above=0)
     output: Path | None = option(None, "folder of the study, by default runs/study-NAME")
     page: Path | None = option(None, "folder for the page, study.json and the plot, by default the study's folder")
-    run: bool = option(True, "run what is missing; no: only write the page from what is complete")
+    run: bool = option(True, "run missing jobs; no: only write the page, from complete jobs")
     format: Format = format_option()
-    list: bool = option(False, "only list the jobs and whether they are complete")
+    list: bool = option(False, "only list the jobs, and whether they are complete")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -84,7 +84,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _check_commands(study: Study) -> None:
-    """Raise UserError for a command that does not exist: `evaluate` runs only after hours of training."""
+    """Raise UserError for a command that does not exist, because `evaluate` only runs after hours of training."""
     for job in study.jobs:
         for number, words in enumerate(job.commands, start=1):
             name = words[0] if words else ""
@@ -111,10 +111,10 @@ def _run(runner: JobRunner, study: Study) -> None:
 
 
 def write_page(study: Study, folder: Path) -> Mapping[str, Any]:
-    """Write NAME.json, NAME.md and NAME.svg from the jobs that are complete, and return the content of NAME.json."""
+    """Write NAME.json, NAME.md and NAME.svg from all complete jobs, and return the content of NAME.json."""
     with writable_folder("page", folder):
         write_json(folder / f"{study.name}.json", collect(study))
-        content = read_json(folder / f"{study.name}.json")  # so that the page needs nothing else
+        content = read_json(folder / f"{study.name}.json")  # read it back, so that the page depends on nothing else
         if content["gains"]:
             write_text(folder / f"{study.name}.svg", plot_of(content))
         write_text(folder / f"{study.name}.md", page(content, f"{study.name}.svg"))

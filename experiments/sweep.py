@@ -37,10 +37,10 @@ class SweepOptions(ExperimentOptions):
     sweep: str = option("", "name of a file in experiments/sweeps, or a path")
     parallel: int = option(1, "number of trials to run at a time, with one GPU each if there are GPUs", minimum=1)
     run_cap: int | None = option(None, "maximum number of trials, instead of the file's run_cap", minimum=1)
-    trial: int | None = option(None, "run only this trial, in this process, as a job array does", minimum=0)
+    trial: int | None = option(None, "run only this trial, in this process, as job arrays do", minimum=0)
     retry_failed: bool = option(False, "run failed trials again")
     output: Path | None = option(
-        None, "folder of the trials' runs; by default, the same command always uses the same folder"
+        None, "folder for the trials' runs; by default, the same command always uses the same folder"
     )
     check: bool = option(False, "only check all files in experiments/sweeps")
 
@@ -81,7 +81,7 @@ def register(sweep: Sweep, config: Config) -> None:
     try:
         sweep_id = wandb.sweep(content, entity=config.wandb.entity, project=config.wandb.project)
     except wandb.errors.Error as error:
-        raise UserError(f"W&B refused the sweep ({error}); without wandb.mode=online it runs here") from error
+        raise UserError(f"W&B refused the sweep ({error}); without wandb.mode=online, it runs here") from error
     # wandb.sweep sets these variables to the entity and project that it used.
     path = [os.environ[name] for name in ("WANDB_ENTITY", "WANDB_PROJECT") if name in os.environ]
     log.info("Next, on any machine with this folder: make agent SWEEP_ID=%s", "/".join([*path, sweep_id]))
@@ -118,12 +118,14 @@ def run_all(controller: Controller) -> None:
 
 
 def check_parameters(controller: Controller) -> None:
-    """Raise UserError if the folder has trials of another sweep, which would be shown as trials of this one."""
+    """Raise UserError if the folder has trials of another sweep, which would look like trials of this one."""
     states = controller.states()
     for trial in controller.trials:
         recorded = states.get(trial.number, {})
         then, settings = recorded.get("parameters", {}), recorded.get("settings")
-        settings = settings if isinstance(settings, dict) else controller.settings  # earlier versions recorded none
+        settings = (
+            settings if isinstance(settings, dict) else controller.settings
+        )  # earlier versions did not record settings
         now = trial.values or {parameter.name: then.get(parameter.name) for parameter in controller.sweep.parameters}
         if then and (differences := changes(settings | then, controller.settings | now)):
             raise UserError(
@@ -133,7 +135,7 @@ def check_parameters(controller: Controller) -> None:
 
 
 def check_data(controller: Controller) -> None:
-    """Raise UserError if the data of a finished trial have changed, because its result would be different now."""
+    """Raise UserError if the data of a finished trial have changed, because its result would differ now."""
     ended = [trial for trial in controller.ended() if (trial.folder / "manifest.json").is_file()]
     if not ended:
         return
@@ -144,7 +146,7 @@ def check_data(controller: Controller) -> None:
     for trial in ended:
         config = load_config(sweep.experiment, [*sweep.overrides, *trial.arguments(sweep)])
         settings = as_dict(config)
-        key = repr([settings[name] for name in ("tasks", "task", "data")])  # the same for most trials
+        key = repr([settings[name] for name in ("tasks", "task", "data")])  # most trials have the same
         loaded[key] = loaded.get(key) or build_data(config)
         if differences := data_differences(trial.folder, config, loaded[key]):
             raise UserError(
@@ -160,14 +162,14 @@ def run_one(controller: Controller, number: int) -> None:
         raise UserError(f"trial: expected a number from 0 to {len(controller.trials) - 1}, got {number}")
     trial = controller.trials[number]
     if not trial.values:
-        raise UserError("trial: method bayes needs the results of earlier trials, so a trial cannot run alone")
+        raise UserError("trial: method bayes needs the results of earlier trials, so it cannot run a single trial")
     arguments = [*sweep.overrides, *trial.arguments(sweep)]
     command = [sys.executable, "-m", "experiments.train", sweep.experiment, *arguments, *verbosity()]
     os.execv(sys.executable, command)
 
 
 def ranking(controller: Controller) -> list[dict[str, Any]]:
-    """Return a row for each trial, the best first."""
+    """Return a row for each trial, best first."""
     states = controller.states()
     rows = [_row(controller.sweep, trial, states.get(trial.number, {})) for trial in controller.trials]
     return sorted(rows, key=lambda row: _rank(row, controller.sweep.maximize))

@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 class SyncOptions:
     """Send runs that were logged offline to W&B.
 
-    You can repeat the command: nothing is sent twice. All attempts of a run go to the same W&B run, in order.
+    You can repeat the command, because nothing is sent twice. All attempts of a run go to the same W&B run, in order.
     Runs that are still training are skipped.
     """
 
-    folder: Path = option(Path("runs"), "a run, or a folder with runs at any depth")
+    folder: Path = option(Path("runs"), "run, or folder with runs at any depth")
     dry_run: bool = option(False, "only list what would be sent")
 
 
@@ -58,16 +58,16 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def unsent_runs(folder: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """Yield each run in a folder that has unsent attempts, with the files of these attempts in order."""
+    """Yield each run with unsent attempts in a folder, and the files of these attempts in order."""
     for wandb_folder in sorted(folder.rglob("wandb")):
         files = [file for file in wandb_folder.glob("*run-*/run-*.wandb") if not is_sent(file)]
         if files:
-            # Without the prefix, the names of the attempts' folders begin with the start time.
+            # Without their prefix, the names of the attempts' folders begin with the start time.
             yield wandb_folder.parent, sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
 
 
 def check_server() -> None:
-    """Raise UserError if W&B's server does not answer; `wandb sync` would wait for hours."""
+    """Raise UserError if W&B's server does not answer, because `wandb sync` would wait for hours."""
     import wandb
 
     url = wandb.setup().settings.base_url
@@ -76,7 +76,7 @@ def check_server() -> None:
     except urllib.error.HTTPError:
         pass  # an error status is an answer, too
     except OSError as error:
-        raise UserError(f"W&B's server at {url} does not answer ({error}): nothing was sent") from error
+        raise UserError(f"W&B's server at {url} does not answer ({error}); nothing was sent") from error
 
 
 def _send(files: Sequence[Path]) -> str:

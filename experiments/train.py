@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning_modules.distributed import signals
 
 if __name__ == "__main__":
-    signals.catch()  # before the other imports, which take ten seconds
+    signals.catch()  # first, because the other imports take ten seconds
 
 import logging
 import sys
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def train(experiment: str, overrides: Sequence[str] = ()) -> None:
-    """Train an experiment and evaluate it. Resumes an interrupted run, and only shows the results of a complete run.
+    """Train and evaluate an experiment. Resumes an interrupted run. For a complete run, only shows the results.
 
     After a signal, this saves the run and exits with a status from endings.py.
     """
@@ -98,7 +98,7 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
 def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     """Train in the run's folder, which the caller has locked. Raises Preempted after a signal.
 
-    overrides: key=value arguments that config was loaded with.
+    overrides: key=value arguments with which config was loaded.
     """
     folder = open_run(config)
     if folder.complete:
@@ -148,7 +148,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         raise_if_preempted(trainer)
         checkpoint = final_checkpoint(config, folder.path, trainer, ends_with_merge)
         step = read_checkpoint(checkpoint)["global_step"]
-        # Not module.device: Lightning has moved the module to the CPU by now.
+        # Not module.device, because Lightning has already moved the module to the CPU.
         encoder = load_encoder(checkpoint, packages=config.extend.packages).to(trainer.strategy.root_device)
         table.finish(encoder, checkpoint.name, step, trainer.global_step, module.document_vectors)
     if trainer.is_global_zero:
@@ -159,7 +159,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
 
 
 def keep_start(config: Config, module: ContrastiveModule, folder: RunFolder) -> bool:
-    """Write the encoder before training to start.ckpt. Return whether the run ends with an average of it.
+    """Write the untrained encoder to start.ckpt, and return whether the run will end with an average that includes it.
 
     A resumed run keeps the file of its first attempt, because the model that it started from may have changed since.
     Raises UserError if that file is missing.
@@ -173,11 +173,11 @@ def keep_start(config: Config, module: ContrastiveModule, folder: RunFolder) -> 
         return False
     if folder.checkpoint:
         try:
-            read_checkpoint(path)  # now, because the training may take days
+            read_checkpoint(path)  # check it now, because training may take days
         except UserError as error:
             raise UserError(
-                f"trainer.start_share: {error}. It has the encoder before training: restore it, or use make merge with "
-                "the last checkpoint instead of training on"
+                f"trainer.start_share: {error}. The file has the encoder before training. Restore it, or use make "
+                f"merge with the last checkpoint, without training on"
             ) from error
     elif launch.rank() == 0:
         state = {f"encoder.{name}": tensor for name, tensor in module.encoder.state_dict().items()}
@@ -186,7 +186,8 @@ def keep_start(config: Config, module: ContrastiveModule, folder: RunFolder) -> 
 
 
 def final_checkpoint(config: Config, folder: Path, trainer: L.Trainer, ends_with_merge: bool) -> Path:
-    """Return the checkpoint of the trained encoder: the best, or else the last, or its average with the start.
+    """Return the checkpoint of the trained encoder: the best (or else the last) checkpoint, or its average with the
+    start.
 
     The first rank writes the average, and the others wait for it.
     """
@@ -201,9 +202,9 @@ def final_checkpoint(config: Config, folder: Path, trainer: L.Trainer, ends_with
 
 
 def restore_merged(config: Config, folder: Path, info: RunInfo) -> None:
-    """Make the average that a complete run ended with again, if its file is missing or damaged.
+    """Compute the final average of a complete run again, if its file is missing or damaged.
 
-    info: from the run's results. Raises UserError if the checkpoint that was averaged is gone.
+    info: info of the run's results. Raises UserError if the averaged checkpoint is gone.
     """
     merged = folder / MERGED
     if launch.rank() > 0 or info.checkpoint != MERGED.name or not (problem := damage(merged)):
@@ -212,25 +213,27 @@ def restore_merged(config: Config, folder: Path, info: RunInfo) -> None:
     trained = [path for path in intact if read_checkpoint(path)["global_step"] == info.checkpoint_step]
     if not trained:
         raise UserError(
-            f"{merged}: missing or damaged ({problem}), and so is the checkpoint of step {info.checkpoint_step} that "
-            "it was made from. run.resume=never trains the run again."
+            f"{merged}: missing or damaged ({problem}), like the checkpoint of step {info.checkpoint_step} from which "
+            f"it was computed. run.resume=never trains the run again."
         )
-    log.warning("%s: missing or damaged (%s); making it again from %s and the start", merged, problem, trained[0].name)
+    log.warning(
+        "%s: missing or damaged (%s); computing it again from %s and the start", merged, problem, trained[0].name
+    )
     merge_with_start(trained[0], folder / START, config.trainer.start_share, merged)
 
 
 def check_data_of_complete_run(folder: RunFolder, config: Config) -> None:
-    """Raise UserError if the data have changed since the run was completed: its table is about the old data."""
+    """Raise UserError if the data have changed since the run was completed, because its table is about the old data."""
     try:
         data = build_data(config)
     except UserError as error:
-        log.warning("The data cannot be compared with those of the run: %s", error)
+        log.warning("The data cannot be compared with the run's data: %s", error)
         return
     check_same_data(folder, config, data)
 
 
 def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, checkpoint: Path | None) -> None:
-    """Train. Ctrl-C raises KeyboardInterrupt, where Lightning alone would exit."""
+    """Train. Ctrl-C raises KeyboardInterrupt, whereas Lightning would exit."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except CheckpointMismatch as error:
@@ -266,9 +269,7 @@ def _log_start(config: Config, folder: RunFolder, precision: str, device: torch.
     steps = config.trainer.max_steps
     log.info("training on %s: %s steps%s, in %s%s%s", where, steps, origin, precision, kept, compiled)
     if config.evaluation.baselines and config.evaluation.split != "none" and not folder.checkpoint:
-        log.info(
-            "first, BM25 and the encoder before training are evaluated (evaluation.baselines=false leaves them out)"
-        )
+        log.info("first, BM25 and the encoder before training are evaluated (evaluation.baselines=false skips this)")
 
 
 if __name__ == "__main__":

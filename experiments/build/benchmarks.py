@@ -189,7 +189,7 @@ class CollectionReader:
 def build_benchmark(
     name: str, config: BenchmarkConfig, collections: CollectionReader, max_queries: int = 0, max_documents: int = 0
 ) -> Benchmark:
-    """Build a benchmark with its data. Exceeding a maximum changes the protocol; 0 is no maximum. Raises UserError."""
+    """Build a benchmark with its data. Exceeding a maximum changes the protocol; 0 means no limit. Raises UserError."""
     with prefixed(f"{name}: "):
         collection = collections.read(config)
         queries, qrels = _merge_splits(collection, config.splits)

@@ -439,7 +439,7 @@ def _check_sharding(config: Config) -> None:
 
 
 def _check_mining_times(config: Config) -> None:
-    """Check that there is one interval, one source for the first hard negatives, and a first_rank below mining.k."""
+    """Check that only one interval and one source for the first hard negatives are set, and first_rank < mining.k."""
     mining = config.mining
     if mining.every_n_steps and mining.every_n_epochs:
         raise UserError("mining.every_n_steps and mining.every_n_epochs: set only one of them")

@@ -210,7 +210,7 @@ def _run(config: Mapping[str, Any], manifest: Mapping[str, Any]) -> str:
 
 
 def _merge(recipe: Mapping[str, Any]) -> str:
-    """Return the section on how a merged model was made."""
+    """Return the section on how the model was merged."""
     parts = [f"{name}: {' '.join(map(str, weights))}" for name, weights in recipe["parts"].items()]
     text = f"The parameters are the {escape_markdown(recipe['method'])} average of these models."
     if parts:
@@ -236,7 +236,7 @@ def _merge(recipe: Mapping[str, Any]) -> str:
 
 
 def _results(results: Results, measured: Mapping[str, BenchmarkTable], task: str) -> str:
-    """Return the results on the benchmarks of a task, or on all of them. measured: those of the exported encoder."""
+    """Return the section with the results on a task's benchmarks, or all. measured: tables of the exported encoder."""
     info = results.info
     if task == "average":
         return "## Results\n\nThe run did not evaluate the average of its experts. Use `make eval model=THIS FOLDER`."

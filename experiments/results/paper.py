@@ -1,9 +1,9 @@
-"""The paper's tables as data, from experiments/tables/*.yaml, and our results compared with them cell by cell.
+"""Read the paper's tables from experiments/tables/*.yaml, and compare our results with them cell by cell.
 
 Source: Zhang et al., Pre-training Multi-task Contrastive Learning Models for Scientific Literature Understanding,
 Findings of EMNLP 2023; and the leaderboard of PMC-Patients, for the later version of its data.
 
-A row of a table is a line of cells as they are printed there, in percent, with the average after a bar:
+A row is a line of cells as printed in the paper, in percent, with the average after a bar:
 
     SciBERT: 79.7† 18.81 80.7† 12.29 | 47.88      † quoted there from another paper, ‡ computed there from a released
                                                   output, – no value
@@ -29,7 +29,7 @@ from lightning_modules.retrieval.metrics import parse_metric
 FOLDER = Path(__file__).parents[1] / "tables"
 MARKS = {"†": "quoted", "‡": "computed"}
 ABSENT = "–"
-MAX_LENGTH = 512  # tokens of a text in the paper's evaluation
+MAX_LENGTH = 512  # maximum number of tokens per text in the paper's evaluation
 TOLERANCES = (0.1, 0.5)  # percentage points
 
 Verdict = Literal["reproduced", "within 0.1", "within 0.5", "differs", "not comparable", "not measured"]
@@ -37,7 +37,7 @@ Verdict = Literal["reproduced", "within 0.1", "within 0.5", "differs", "not comp
 
 @dataclass
 class ColumnGroup:
-    """Columns of a table's file that share a protocol."""
+    """Columns of a table file that share a protocol."""
 
     protocol: str = option(MISSING, "id of the protocol")
     metrics: list[str] = option(MISSING, "metrics, one per column")
@@ -54,7 +54,7 @@ class TableFile:
     title: str = option(MISSING, "what the table shows")
     source: str = option("", "where the values come from, if not from the paper")
     columns: list[ColumnGroup] = option(MISSING, "columns, in order")
-    rows: dict[str, str] = option(MISSING, "system -> its cells, and the average after a bar")
+    rows: dict[str, str] = option(MISSING, "system -> cells, with the average after a bar")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """The protocol and metric of a column, and the properties of the protocol that are known (see ColumnGroup)."""
+    """The protocol and metric of a column, and what is known about the protocol (see ColumnGroup)."""
 
     protocol: str
     metric: str
@@ -82,7 +82,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class PaperTable:
-    """A table. rows: system -> a cell for each column."""
+    """A table of the paper. rows: system -> one cell per column."""
 
     name: str
     columns: tuple[Column, ...]
@@ -93,7 +93,7 @@ class PaperTable:
 class CellComparison:
     """A cell of the paper and our value.
 
-    ours: our value in percent, None if it was not measured.
+    ours: our value in percent, or None if it was not measured.
     verdict: "reproduced" if our value rounds to the paper's. remark: why the values are not comparable.
     """
 
@@ -111,7 +111,7 @@ class CellComparison:
 
 @cache
 def tables() -> tuple[PaperTable, ...]:
-    """Read all tables, those of the paper first. Raises UserError for a malformed file."""
+    """Read all tables, the paper's tables first. Raises UserError if a file is malformed."""
     paths = sorted(FOLDER.glob("*.yaml"), key=lambda path: ("table" not in path.name, path.name))
     return tuple(map(_read_table, paths))
 
@@ -129,7 +129,7 @@ def figures(protocol: str, metric: str) -> dict[str, Cell]:
 def compare_with_paper(benchmarks: Benchmarks, ours: str, system: str) -> list[CellComparison]:
     """Compare one of our systems with a row of the paper's tables.
 
-    ours: name of our system in the benchmarks. system: name of the paper's row.
+    ours: name of our system in the benchmarks. system: row of the paper's tables.
     """
     return [
         _compare_cell(table.name, column, cell, benchmarks, ours, system)
@@ -153,7 +153,7 @@ def _compare_cell(
 
 
 def _same_data(column: Column, benchmarks: Benchmarks, ours: str) -> list[BenchmarkTable]:
-    """Return our results on a column's data in its metric. Those of its own protocol are last and set the remark."""
+    """Return our results in a column's metric on its data. Those with its protocol come last and set the remark."""
     results = [
         result
         for result in benchmarks.values()
@@ -165,23 +165,23 @@ def _same_data(column: Column, benchmarks: Benchmarks, ours: str) -> list[Benchm
 
 
 def _data_of(protocol: str) -> str:
-    """Return the second word of a protocol, which names the data: scimult/scifact/all-splits, beir/scifact/test."""
+    """Return the second part of a protocol, which names the data: scimult/scifact/all-splits, beir/scifact/test."""
     return [*protocol.split("/"), ""][1]
 
 
 def _deviations(column: Column, result: BenchmarkTable, measured: SystemResult, system: str) -> Iterator[str]:
-    """Yield the differences from the paper's procedure."""
+    """Yield each deviation from the paper's procedure."""
     if result.protocol != column.protocol:
         yield f"protocol {result.protocol}"
     for field in ("queries", "documents"):
         count, expected = getattr(result, field), getattr(column, field)
         if expected is not None and count != expected:
-            yield f"{count:,} {field}, the paper has {expected:,}"
+            yield f"{count:,} {field} (paper: {expected:,})"
     similarity = column.similarity or _similarity_of(system)
     if measured.similarity != similarity:
-        yield f"similarity {measured.similarity}, the paper's is {similarity}"
+        yield f"similarity {measured.similarity} (paper: {similarity})"
     if measured.max_length not in (None, MAX_LENGTH):
-        yield f"texts of up to {measured.max_length} tokens, the paper's up to {MAX_LENGTH}"
+        yield f"texts of up to {measured.max_length} tokens (paper: {MAX_LENGTH})"
 
 
 def _similarity_of(system: str) -> str:
@@ -212,7 +212,7 @@ def _read_table(path: Path) -> PaperTable:
         rows = {system: tuple(map(_read_cell, line.partition("|")[0].split())) for system, line in content.rows.items()}
     for system, cells in rows.items():
         if len(cells) != len(columns):
-            raise UserError(f"{path}: {system} has {len(cells)} cells, expected {len(columns)}, one per column")
+            raise UserError(f"{path}: {system}: expected {len(columns)} cells, one per column, got {len(cells)}")
     return PaperTable(content.name, columns, rows)
 
 

@@ -1,4 +1,4 @@
-"""Results as tables."""
+"""Build tables of results."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ COST_COLUMNS = (
 
 
 def result_tables(benchmarks: Benchmarks, metrics: Sequence[str], title: str) -> list[Table]:
-    """Return a table for each set of metrics: blocks of benchmarks, rows of systems, and their means at the end.
+    """Return a table for each set of metrics, with a block per benchmark, a row per system, and means at the end.
 
-    A narrow screen shows only the first metrics that fit, a wide one also the protocols.
+    A narrow screen shows only the first metrics that fit; a wide screen also shows the protocols.
     metrics: metrics of benchmarks without their own. title: title of the first table.
     """
     groups: dict[tuple[str, ...], Benchmarks] = {}
@@ -37,7 +37,7 @@ def result_tables(benchmarks: Benchmarks, metrics: Sequence[str], title: str) ->
 
 
 def _precision_note(benchmarks: Benchmarks) -> str:
-    """Return the part of a title that names the encoders' precision, if it is not fp32."""
+    """Return the part of a title that names the encoders' precision, or "" for fp32."""
     results = [result for table in benchmarks.values() for result in table.systems.values()]
     precisions = {result.precision for result in results if result.similarity != "bm25"}
     return "" if precisions <= {"fp32"} else f", measured in {' and '.join(sorted(precisions))}"
@@ -60,7 +60,7 @@ def _result_table(benchmarks: Benchmarks, metrics: Sequence[str]) -> Table:
 def _add_means(grid: Table, benchmarks: Benchmarks, metrics: Sequence[str]) -> None:
     """Add the mean of each system over all benchmarks, or the number of benchmarks it was evaluated on.
 
-    A mean over fewer benchmarks could not be compared with the others.
+    A mean over fewer benchmarks would not be comparable with the others.
     """
     systems = list(dict.fromkeys(system for table in benchmarks.values() for system in table.systems))
     for system in systems:
@@ -72,7 +72,7 @@ def _add_means(grid: Table, benchmarks: Benchmarks, metrics: Sequence[str]) -> N
 
 
 def result_records(benchmarks: Benchmarks) -> list[dict[str, Any]]:
-    """Return one record for each system on each benchmark: what was measured, its metrics and its cost."""
+    """Return one record per system and benchmark: what was measured, the metrics and the cost."""
     records = []
     for name, table in benchmarks.items():
         known = {key: getattr(table, key) for key in ("task", "split", "protocol", "queries", "documents")}
@@ -87,7 +87,7 @@ def result_records(benchmarks: Benchmarks) -> list[dict[str, Any]]:
 
 
 def cost_tables(benchmarks: Benchmarks) -> list[Table]:
-    """Return a table with the total cost of each system, and the number of benchmarks that have it if not all do."""
+    """Return a table with the total cost of each system, and on how many benchmarks if not on all."""
     results: dict[str, dict[str, SystemResult]] = {}
     for name, table in benchmarks.items():
         for system, result in table.systems.items():

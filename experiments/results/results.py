@@ -15,7 +15,7 @@ from datamodules.files import RECREATED, damage_explained, read_json, write_json
 from datamodules.records import UserError, check_name, short
 
 T = TypeVar("T")
-# Keys that are left out if None. Others are written as null.
+# Keys that are left out if they are None. Other keys are written as null.
 OMITTED_IF_NONE = ("document_fingerprint", "texts", "draws", "spread", "cost", "tokens_per_second", "mfu", "money")
 
 
@@ -23,10 +23,10 @@ OMITTED_IF_NONE = ("document_fingerprint", "texts", "draws", "spread", "cost", "
 class Cost:
     """The cost of evaluating a system, over all ranks.
 
-    texts, tokens: numbers encoded, without padding. Texts whose vectors were stored do not count.
+    texts, tokens: number of encoded texts and tokens, without padding. Texts with cached vectors do not count.
     texts_per_second, tokens_per_second: speed of one device while encoding; None if nothing was encoded.
-    mfu: useful operations per second of one device, as a share of a large matrix product's (see throughput.py).
-    device_seconds: seconds of this rank, times the number of devices.
+    mfu: useful operations per second of one device, relative to a large matrix product (see throughput.py).
+    device_seconds: seconds on this rank, times the number of devices.
     memory_mb: peak memory of a GPU, or of a process without one.
     money: price of the device seconds; None if no price was given.
     """
@@ -42,7 +42,7 @@ class Cost:
     money: float | None = None
 
     def price(self, per_hour: float) -> None:
-        """Set the money. per_hour: price of one device per hour."""
+        """Compute `money`. per_hour: price of one device per hour."""
         self.money = round(self.device_seconds / 3600 * per_hour, 6)
 
 
@@ -50,12 +50,14 @@ class Cost:
 class SystemResult:
     """The metrics of one system on one benchmark, and how they were measured.
 
-    metrics: name -> value, 1 is best.
-    model: path or name of the model. fingerprint: hash of its weights, arguments and vocabulary.
-    document_fingerprint: that of the model that encoded the documents, if it is another one.
-    max_length: maximum number of tokens of a text.
-    texts: number of encoded documents and queries. seconds: stage -> seconds.
-    draws, spread: number of draws in few-shot learning, and standard deviation of each metric over them.
+    metrics: name -> value; 1 is best.
+    model: path or name of the model.
+    fingerprint: hash of the model's weights, arguments and vocabulary.
+    document_fingerprint: fingerprint of the model that encoded the documents, if it is another model.
+    max_length: maximum number of tokens per text.
+    texts: number of encoded documents and queries.
+    seconds: stage -> seconds.
+    draws, spread: in few-shot learning, the number of draws, and the standard deviation of each metric over draws.
     """
 
     metrics: dict[str, float]
@@ -79,7 +81,9 @@ class SystemResult:
 class BenchmarkTable:
     """The results of several systems on one benchmark.
 
-    queries, documents: how many there are. data: fingerprint of texts and judgements. options: protocol settings.
+    queries, documents: number of queries and documents.
+    data: fingerprint of texts and judgements.
+    options: protocol settings.
     Fields that an old file lacks are None.
     """
 
@@ -96,7 +100,7 @@ class BenchmarkTable:
 
 @dataclass(kw_only=True)
 class RunInfo:
-    """Where the results of a training run come from.
+    """Origin of the results of a training run.
 
     steps: planned number of optimizer steps. stopped_at: step at which training stopped early, or None.
     """
@@ -114,7 +118,7 @@ class RunInfo:
 
 @dataclass(kw_only=True)
 class EvaluationInfo:
-    """Where the results of `make eval` come from. command: its arguments."""
+    """Origin of the results of `make eval`. command: arguments of the command."""
 
     model: str = ""
     similarity: str = ""
@@ -150,14 +154,14 @@ class Results:
 
 
 def mean_over(benchmarks: Benchmarks, system: str, metric: str) -> float | None:
-    """Return a system's mean of a metric over all benchmarks, or None if it has no value on one of them."""
+    """Return a system's mean of a metric over all benchmarks, or None if a benchmark has no value for it."""
     results = [table.systems.get(system) for table in benchmarks.values()]
     values = [result.metrics.get(metric) if result else None for result in results]
     return None if None in values else statistics.fmean(values)
 
 
 def read_results(path: Path) -> Results:
-    """Read a results.json of a run or of `make eval`. Raises UserError if it is damaged or is another kind of file."""
+    """Read a results.json of a run or of `make eval`. Raises UserError if it is damaged or not such a file."""
     content, benchmarks = read_tables(path)
     kind = RunInfo if "experiment" in content else EvaluationInfo
     with damage_explained(path, "results of evaluations"):
@@ -207,7 +211,7 @@ def tables_from_json(content: Mapping[str, Any]) -> Benchmarks:
 
 
 def _checked(kind: type[T], content: Mapping[str, Any]) -> T:
-    """Return a dataclass with the keys of content that it has. Raises ValueError for a value of another type."""
+    """Build a dataclass from the keys of content that are its fields. Raises ValueError if a value has a wrong type."""
     hints = _type_hints(kind)
     values = {key: value for key, value in content.items() if key in hints}
     for key, value in values.items():
@@ -220,7 +224,7 @@ _type_hints = functools.cache(get_type_hints)
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    """Return whether a value from JSON has a type. A whole number is also a float."""
+    """Return whether a value from JSON has a type. An integer also counts as a float."""
     if isinstance(hint, types.UnionType):
         return any(_has_type(value, each) for each in get_args(hint))
     if get_origin(hint) in (list, dict):
@@ -238,9 +242,10 @@ def _without_none(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def combine(*results: Benchmarks) -> Benchmarks:
-    """Put several systems into the same tables, which get all their metrics.
+    """Merge the tables of several systems. The result has all their metrics.
 
-    A system's last result on a benchmark counts. Raises UserError if benchmarks of the same name differ.
+    If a system has several results on a benchmark, the last one counts. Raises UserError if benchmarks with the same
+    name differ.
     """
     combined: Benchmarks = {}
     for tables in results:
@@ -258,9 +263,9 @@ def combine(*results: Benchmarks) -> Benchmarks:
 
 
 def total_cost(results: Sequence[SystemResult]) -> Cost:
-    """Add up the costs of one system on several benchmarks; memory is the largest.
+    """Add up the costs of one system over several benchmarks. Memory is the maximum.
 
-    All results must have a cost. The sum has money only if every cost does.
+    All results must have a cost. The sum has a price only if every cost has one.
     """
     costs = [result.cost for result in results]
     with_seconds = [(result.cost, result.seconds["encode"]) for result in results if result.cost.texts]

@@ -1,6 +1,6 @@
-"""The results of a study: collected from the results.json of its jobs, and written as a page with a plot.
+"""Collect the results of a study from the results.json of its jobs, and write them as a page with a plot.
 
-study.json has every number, and where it comes from. The page and the plot are made from study.json alone.
+study.json has every number and its origin. The page and the plot are made from study.json alone.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ SIGNIFICANT = 0.05
 LABEL, PLOT, ROW, HEAD = 150, 420, 18, 46  # widths and heights of the plot, in pixels
 
 Content = Mapping[str, Any]
-Seeds = Mapping[int | None, MeasuredSystem]  # seed -> the system that was trained with it
+Seeds = Mapping[int | None, MeasuredSystem]  # seed -> the system trained with it
 Groups = Mapping[tuple[str, str], list[str]]  # (group, task or benchmark) -> benchmarks
 
 
 def collect(study: Study) -> dict[str, Any]:
-    """Return the content of study.json, from the jobs that are complete."""
+    """Return the content of study.json, from all complete jobs."""
     systems = {arm: seeds for arm in study.arms if (seeds := _systems(study, arm))}
     if not systems:
         raise UserError("no job of the study is complete, so there is nothing to show")
     tables = {name: table for seeds in systems.values() for s in seeds.values() for name, table in s.benchmarks.items()}
     incomplete, transplants = list(_incomplete(study)), study.settings.transplants
     _check_names("held_out", study.settings.held_out, tables)
-    if not incomplete:  # until all arms are complete, an unknown name may belong to a missing one
+    if not incomplete:  # until then, an unknown name may belong to an incomplete arm
         _check_names("transplants", [*transplants, *transplants.values()], tables)
     benchmarks = _benchmarks(study, tables, [system for seeds in systems.values() for system in seeds.values()])
     check_transplants(transplants, benchmarks)
@@ -99,7 +99,7 @@ def _benchmarks(
 
 
 def _incomplete(study: Study) -> Iterator[str]:
-    """Yield the arms without any result, and those that lack seeds, with these seeds."""
+    """Yield the arms without results, and the arms with missing seeds, with these seeds."""
     for arm in study.arms:
         jobs = study.jobs_of(arm)
         missing = [job for job in jobs if not is_complete(study.folder, job)]
@@ -116,7 +116,7 @@ def _group(study: Study, benchmark: str) -> str:
 
 
 def _systems(study: Study, arm: str) -> Seeds:
-    """Return the evaluated model of each seed of an arm that is complete."""
+    """Return the evaluated model of each complete seed of an arm."""
     jobs = [job for job in study.jobs_of(arm) if is_complete(study.folder, job)]
     systems = open_systems(f"arms.{arm}", [str(job.output) for job in jobs])
     return {job.seed: system for job, system in zip(jobs, systems, strict=True)}
@@ -145,7 +145,7 @@ def _arm(study: Study, arm: str, systems: Seeds, benchmarks: Content) -> dict[st
 
 
 def _commands(study: Study, arm: str) -> list[str]:
-    """Return the commands of an arm as its file has them, or what is evaluated. They name no folder of this machine."""
+    """Return an arm's commands as written in the file, or the model it evaluates, without folders of this machine."""
     return [f"eval model={study.arms[arm].model}"] if study.arms[arm].model else list(study.arms[arm].commands)
 
 
@@ -162,7 +162,7 @@ def groups_of(benchmarks: Content) -> Groups:
 
 
 def _tests(study: Study, systems: Mapping[str, Seeds], benchmarks: Content, groups: Groups) -> list[dict[str, Any]]:
-    """Compare the pairs of arms that the study's file names, and correct p for their number (Holm)."""
+    """Compare the pairs of arms named in the study's file, and correct p for the number of tests (Holm)."""
     rows = [
         row
         for a, b, *tasks in study.settings.compare
@@ -176,9 +176,9 @@ def _tests(study: Study, systems: Mapping[str, Seeds], benchmarks: Content, grou
 def _compare(
     arm: str, other: str, systems: Mapping[str, Seeds], benchmarks: Content, groups: Groups
 ) -> Iterator[dict[str, Any]]:
-    """Compare two arms on the mean of each group of benchmarks that both have: difference, its interval, and p.
+    """Compare two arms on each group of benchmarks that both have: difference of the means, its interval, and p.
 
-    The seeds are those that both arms have, or all if they share none.
+    Only seeds that both arms have are used, or all seeds if they share none.
     """
     common = [seed for seed in systems[arm] if seed in systems[other]]
     a, b = ([seeds[seed] for seed in common or seeds] for seeds in (systems[arm], systems[other]))
@@ -220,7 +220,7 @@ def tables(content: Content) -> dict[str, Table]:
 
 
 def records(content: Content) -> list[dict[str, Any]]:
-    """Return the value of each arm and seed on each benchmark, between 0 and 1."""
+    """Return a row for each arm, seed and benchmark, with the value between 0 and 1."""
     return [
         {"arm": arm, "seed": run["seed"], "benchmark": name, **content["benchmarks"][name], "value": value}
         for arm, each in content["arms"].items()
@@ -306,7 +306,7 @@ class Mean(float):
 
 
 def _value_table(content: Content, columns: Mapping[str, Sequence[str]]) -> Table:
-    """Return the mean over the benchmarks of each column, and its standard deviation over seeds."""
+    """Return a table with the mean over each column's benchmarks, and its standard deviation over seeds."""
     table = Table([Column("arm"), *(Column(heading, ".1f", best="highest") for heading in columns)])
     for name, arm in content["arms"].items():
         seeds = [_means_of_seeds(arm["runs"], names) for names in columns.values()]
@@ -315,14 +315,14 @@ def _value_table(content: Content, columns: Mapping[str, Sequence[str]]) -> Tabl
 
 
 def _means_of_seeds(runs: Sequence[Content], names: Sequence[str]) -> list[float]:
-    """Return the mean over benchmarks of each seed, in points; [] if the arm lacks one of them."""
+    """Return each seed's mean over benchmarks, in points, or [] if the arm lacks one of the benchmarks."""
     if not all(name in run["values"] for run in runs for name in names):
         return []
     return [100 * statistics.fmean(run["values"][name] for name in names) for run in runs]
 
 
 def _difference_table(rows: Sequence[Content]) -> Table:
-    """Return a table with a row for each pair of arms and group of benchmarks, and a column for each task."""
+    """Return a table with one row per pair of arms and group of benchmarks, and one column per task."""
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     table = Table([*map(Column, ("arms", "benchmarks")), *(Column(task, "") for task in tasks)])
     cells: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
@@ -335,7 +335,7 @@ def _difference_table(rows: Sequence[Content]) -> Table:
 
 
 def _forgetting_table(content: Content) -> Table:
-    """Return the task and the single benchmark with the lowest difference from the start, for each arm, worst first."""
+    """Return a table of arms, worst first, with the task and the benchmark that fell most from the start."""
     number = Column("difference", "")
     table = Table([Column("arm"), Column("worst benchmark"), number, Column("worst task"), number])
     worst = []
@@ -352,7 +352,7 @@ def _forgetting_table(content: Content) -> Table:
 
 
 def plot_of(content: Content) -> str:
-    """Return an SVG with the gain of each arm over the start, and its interval, one panel per group of benchmarks."""
+    """Return an SVG with each arm's gain over the start and its interval, and one panel per group of benchmarks."""
     rows = content["gains"]
     groups = list(dict.fromkeys((row["group"], row["task"]) for row in rows))
     arms = list(dict.fromkeys(row["a"] for row in rows))

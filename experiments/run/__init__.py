@@ -1,1 +1,1 @@
-"""A run: its folder, lock, loggers and exit status; and the trials of a sweep."""
+"""Run one training (folder, lock, loggers, exit status), or the trials of a sweep."""

@@ -1,4 +1,4 @@
-"""Share the trials of W&B's agent with all ranks: the first rank writes them to a folder that the others read."""
+"""Share the trials of W&B's agent with all ranks. The first rank writes them to a folder, and the others read them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ END = "over"  # file that the first rank creates after its last trial
 
 
 def publish_trial(experiment: str, overrides: Sequence[str], run: Path) -> None:
-    """Publish the trial that this process trains, if other ranks wait for it. run: folder of the trial's run."""
+    """Publish the trial that this process trains, if other ranks are waiting for it. run: folder of the trial's run."""
     if VARIABLE in os.environ and launch.rank() == 0:
         folder = Path(os.environ[VARIABLE])
         number = sum(1 for _ in folder.glob("*.json"))
@@ -24,7 +24,7 @@ def publish_trial(experiment: str, overrides: Sequence[str], run: Path) -> None:
 
 
 def published_trials(folder: Path) -> Iterator[list[str]]:
-    """Yield the arguments of each trial that the first rank publishes, until its agent ends."""
+    """Yield the arguments of each trial that the first rank publishes, until the agent ends."""
     for number in itertools.count():
         trial = folder / f"{number}.json"
         while not trial.exists():

@@ -1,7 +1,7 @@
-"""The end of a run: its exit status, the last message, and the return to SLURM's queue.
+"""End a run: exit status, last message, and requeueing in SLURM.
 
     75     preempted: the same command resumes the run (EX_TEMPFAIL of sysexits.h)
-    0      complete; or preempted, and the job is in SLURM's queue again
+    0      complete; or preempted, with the job back in SLURM's queue
     143    SLURM ended the job with SIGTERM, and decides whether to run it again
     130    Ctrl-C
     2      an error that the user can fix, or a lost rank
@@ -36,11 +36,11 @@ from lightning_modules.loggers import RunLogger
 
 log = logging.getLogger(__name__)
 
-THIS_RUN_ONLY = ("run.dir", "run.resume", "scale", "wandb.name")  # keys that do not carry over to another run
+THIS_RUN_ONLY = ("run.dir", "run.resume", "scale", "wandb.name")  # keys that must not be copied to another run
 
 
 def describe_resuming(folder: Path) -> str:
-    """Describe where the same command would start, judging by the run's checkpoints."""
+    """Describe where the same command would resume, according to the run's checkpoints."""
     newest = next(iter(candidates(folder / LAST)), None)
     if newest is None:
         return "the same command starts from the beginning"
@@ -48,7 +48,7 @@ def describe_resuming(folder: Path) -> str:
 
 
 def next_steps(config: Config, overrides: Sequence[str], folder: Path) -> str:
-    """Suggest the report, and the same training with another encoder if the overrides make sense for it."""
+    """Suggest the report, and the same training with another encoder if the overrides fit it."""
     report = f"Next: make report RUN={shlex.quote(str(folder))}"
     keys = [text.partition("=")[0] for text in overrides]
     if config.extend.model or config.init_from or any(key.startswith(("encoder", "callbacks.")) for key in keys):
@@ -58,7 +58,7 @@ def next_steps(config: Config, overrides: Sequence[str], folder: Path) -> str:
 
 
 def train_command(experiment: str, config: Config, overrides: Sequence[str]) -> str:
-    """Return the command that trains an experiment with these settings and scale, in a run of its own."""
+    """Return the command that trains an experiment with these settings and scale as a new run."""
     shared = [text for text in overrides if text.partition("=")[0] not in THIS_RUN_ONLY]
     scale = [] if config.scale == Config.scale else [f"SCALE={config.scale}"]
     return shlex.join(["make", "train", f"EXP={experiment}", *scale, *shared])
@@ -91,14 +91,14 @@ def exit_status(preempted: Preempted, folder: Path) -> int:
 
 
 def _requeue(job: str) -> bool:
-    """Put a SLURM job back into the queue, which ends it here. Returns whether SLURM accepted the request."""
+    """Put a SLURM job back into the queue, which ends this attempt. Returns whether SLURM accepted the request."""
     try:
         result = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, timeout=60)
         problem = (result.stderr.strip() or f"status {result.returncode}") if result.returncode else ""
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     if problem:
-        log.warning("job %s: scontrol cannot requeue it from here (%s), exiting with status 75", job, problem)
+        log.warning("job %s: scontrol cannot requeue it from here (%s); exiting with status 75", job, problem)
         return False
     log.info("job %s is in the queue again", job)
     return True
@@ -123,12 +123,12 @@ def name_lost_ranks(trainer: L.Trainer) -> Iterator[None]:
 
 
 def _failed_children(trainer: L.Trainer) -> list[str]:
-    """Return the names of the failed ranks among those that Lightning started here.
+    """Return the names of the ranks that Lightning started here and that failed.
 
     This must be quick, because Lightning kills this process next.
     """
     children = getattr(trainer.strategy.launcher, "procs", [])
-    deadline = time.monotonic() + 0.5  # a dying process closes its connections before it ends
+    deadline = time.monotonic() + 0.5  # a dying process closes its connections before it exits
     while children and time.monotonic() < deadline and not any(child.poll() for child in children):
         time.sleep(0.02)
     names = (f"rank {trainer.global_rank + i} (process {child.pid})" for i, child in enumerate(children, start=1))

@@ -1,17 +1,17 @@
-"""The folder of a run: open it, and write the configuration and the manifest.
+"""Open the folder of a run, and write its configuration and manifest.
 
 config.yaml       resolved configuration
 manifest.json     command, versions, git state, data, cost
 metrics.jsonl     every logged row
-experts.svg       last picture of tasks and experts, if diagnostics are on
-checkpoints/      last.ckpt, the ones before it (last.1.ckpt, ...), best.ckpt;
+experts.svg       latest plot of tasks and experts, if diagnostics are on
+checkpoints/      last.ckpt, earlier ones (last.1.ckpt, ...), best.ckpt;
                   start.ckpt and merged.ckpt with trainer.start_share
-results.json      final table; a run that has it is complete
+results.json      final table; exists if the run is complete
 negatives/        mined hard negatives: one folder per mining, with its report
 runs/             TREC run files of the final table
 wandb/            W&B's own files
 tensorboard/      TensorBoard's files, with loggers=[tensorboard]
-csv/              a table for each start of the run, with loggers=[csv]
+csv/              one table per start of the run, with loggers=[csv]
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 CHANGEABLE = (
     *("run.dir", "run.resume", "wandb.", "loggers", "evaluation.", "checkpoint.", "extend.packages"),
     *("data.num_workers", "data.token_budget", "data.cache", "mining.memory_mb", "mining.store"),
-    # These two change with the number of ranks; the loader checks that the global batch stays the same.
+    # These two change with the number of ranks. The loader checks that the global batch stays the same.
     *("data.batch_size", "data.batch_tokens"),
     *("trainer.max_steps", "trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.log_every_n_steps", "trainer.strategy", "trainer.timeout", "trainer.peak_tflops", "trainer.compile"),
@@ -57,9 +57,9 @@ PACKAGES = ("torch", "lightning", "transformers", "omegaconf", "wandb", "faiss-c
 
 @dataclass(frozen=True, slots=True)
 class RunFolder:
-    """A run's folder, and its state when this attempt began.
+    """A run's folder, and its state at the start of this attempt.
 
-    checkpoint: checkpoint to resume from (the first rank's choice applies to all ranks); None for a new run.
+    checkpoint: checkpoint to resume from (the first rank's choice counts for all ranks), or None for a new run.
     complete: whether the run has its results.
     """
 
@@ -76,16 +76,16 @@ class RunFolder:
         return self.path / "manifest.json"
 
     def recorded_precision(self) -> str | None:
-        """Return the precision that a resumed run must keep, even on another machine; None for a new run."""
+        """Return the precision that a resumed run must keep, even on another machine, or None for a new run."""
         return manifest_of(self.path).get("precision") if self.checkpoint else None
 
 
 def open_run(config: Config) -> RunFolder:
-    """Inspect the run's folder: is the run new, to be resumed, or complete?
+    """Inspect the run's folder: is the run new, unfinished or complete?
 
-    Only the first rank changes anything: it renames damaged checkpoints that are newer than the one to resume from,
-    and the whole old run with run.resume=never. Raises UserError if the folder holds another run or something else,
-    or if all checkpoints are damaged.
+    Only the first rank changes anything. It renames damaged checkpoints that are newer than the one to resume from, and
+    with run.resume=never the whole old run. Raises UserError if the folder holds another run or something else, or if
+    all checkpoints are damaged.
     """
     from lightning_modules.checkpoint_files import candidates, newest_intact  # only here, because it imports torch
 
@@ -94,7 +94,7 @@ def open_run(config: Config) -> RunFolder:
     if is_first:
         with explained(f"run.dir: {path} cannot be used"):
             _prepare(config, path, starts_over)
-    if starts_over:  # the first rank may be renaming the old run right now, so the others must not read it
+    if starts_over:  # the other ranks must not read the old run, which the first rank may be renaming now
         return RunFolder(path, None, False)
     try:
         checkpoint = newest_intact(path / LAST) if is_first else next(iter(candidates(path / LAST)), None)
@@ -104,7 +104,7 @@ def open_run(config: Config) -> RunFolder:
 
 
 def _was_started_by_this_job(path: Path) -> bool:
-    """Return whether this SLURM job started the run, before it was put back into the queue."""
+    """Return whether this SLURM job started the run before it was requeued."""
     job = launch.slurm_job()
     if job is None:
         return False
@@ -146,7 +146,7 @@ def _is_complete(path: Path, config: Config) -> bool:
             return same_protocol
         trained_steps = stopped_at
     steps = config.trainer.max_steps
-    if epochs := config.trainer.max_epochs:  # how many steps that are was found out when the run started
+    if epochs := config.trainer.max_epochs:  # the number of steps was computed when the run started
         trained = recorded.get("trainer", {})
         steps = trained["max_steps"] if trained.get("max_epochs", 0) >= epochs else math.inf
     return trained_steps >= steps and same_protocol
@@ -155,7 +155,9 @@ def _is_complete(path: Path, config: Config) -> bool:
 def _refuse_other_run(config: Config, path: Path) -> None:
     defaults = dict(flat(OmegaConf.to_container(OmegaConf.structured(Config))))
     then, now = dict(flat(read_config(path))), dict(flat(as_dict(config)))
-    then = {key: defaults.get(key) for key in now.keys() - then.keys()} | then  # keys that are newer than the run
+    then = {
+        key: defaults.get(key) for key in now.keys() - then.keys()
+    } | then  # default for keys that are newer than the run
     fixed = [
         {key: value for key, value in each.items() if not key.startswith(CHANGEABLE) and not _is_batch_size(key)}
         for each in (then, now)
@@ -163,7 +165,7 @@ def _refuse_other_run(config: Config, path: Path) -> None:
     if changed := changes(*fixed):
         first = "; ".join(changed[:5]) + ("; ..." if len(changed) > 5 else "")
         raise UserError(
-            f"run.dir: {path} holds a run of another configuration ({first}). "
+            f"run.dir: {path} has a run with another configuration ({first}). "
             "Choose another run.dir, or use run.resume=never to start over and keep the old run under another name."
         )
 
@@ -182,9 +184,9 @@ def flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule) -> None:
-    """Raise UserError if the data differ from those that the run was started with.
+    """Raise UserError if the data differ from the run's original data.
 
-    Called before the model is built, because the vocabulary of a random backbone is made from the texts.
+    Call this before building the model, because a random backbone takes its vocabulary from the texts.
     """
     if not (folder.checkpoint or folder.complete):
         return
@@ -200,11 +202,11 @@ def check_same_data(folder: RunFolder, config: Config, data: MultiTaskDataModule
     if bool(then) == bool(now):
         return
     recorded, current = manifest["data"], describe_data(data)
-    # In memory and in the cache, the same collection has different fingerprints, which the schedule depends on.
+    # The same collection has different fingerprints in memory and in the cache, and the schedule depends on them.
     if any(_value_of(recorded, name, "fingerprint") != _value_of(current, name, "fingerprint") for name in current):
         raise UserError(
-            f"data.cache: {then or 'null'} when the run began, {now or 'null'} now. A run cannot resume with another "
-            f"kind of collections; set data.cache={then or 'null'}"
+            f"data.cache: the run began with {then or 'null'}, and this command has {now or 'null'}. A run cannot "
+            f"switch between data in memory and in a cache; set data.cache={then or 'null'}"
         )
 
 
@@ -214,9 +216,9 @@ def _cache_of(path: Path) -> str | None:
 
 
 def data_differences(path: Path, config: Config, data: MultiTaskDataModule) -> list[str]:
-    """Return how the data differ from those that a run was started with. path: folder of the run."""
+    """Return how the data differ from a run's original data. path: folder of the run."""
     then, now = manifest_of(path).get("data", {}), describe_data(data)
-    if not then:  # such as a folder with nothing but checkpoints
+    if not then:  # for example, the folder only has checkpoints
         return []
     # Collections in memory and in the cache have different fingerprints.
     keys = ("documents", "queries", *(["fingerprint"] if bool(_cache_of(path)) == bool(config.data.cache) else []))
@@ -246,7 +248,7 @@ def describe_data(data: MultiTaskDataModule) -> dict[str, dict[str, Any]]:
 
 
 def write_config(folder: RunFolder, config: Config) -> None:
-    """Create the folder with its config.yaml, after everything in the configuration has been checked.
+    """Create the folder and its config.yaml, once the whole configuration has been checked.
 
     Raises UserError if the folder cannot be created.
     """
@@ -266,10 +268,12 @@ def record_start(
     precision: str,
     start: str | None,
 ) -> None:
-    """On the first rank, record in the manifest what is needed to understand and repeat an attempt of the run.
+    """On the first rank, record an attempt of the run in the manifest, so that it can be understood and repeated.
 
-    schedule: batches of each task, and passes over its examples. devices: number of ranks. precision: fp32 or bf16.
-    start: model that the run started from, None for random weights.
+    schedule: batches of each task, and passes over its examples.
+    devices: number of ranks.
+    precision: precision of the training, such as "bf16".
+    start: model that the run started from, or None for random weights.
     """
     if launch.rank() > 0:
         return
@@ -304,9 +308,9 @@ def record_end(folder: RunFolder, seconds: float) -> None:
 
 
 def manifest_of(run: Path) -> dict[str, Any]:
-    """Return the manifest of a run, or {} if it has none yet. run: its folder.
+    """Return the manifest of a run, or {} if it has none yet. run: folder of the run.
 
-    Raises UserError if the file is damaged or has other types than record_start writes.
+    Raises UserError if the file is damaged or its types differ from those that record_start writes.
     """
     path = run / "manifest.json"
     if not path.is_file():
@@ -322,7 +326,7 @@ def manifest_of(run: Path) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of the installed packages that results may depend on."""
+    """Return the versions of installed packages that may affect results."""
     installed = {}
     for name in PACKAGES:
         try:
@@ -333,7 +337,7 @@ def versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return the commit of this code, and whether files have changed since; None outside a repository."""
+    """Return the commit of this code and whether files have changed since, or None outside a repository."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]

@@ -1,4 +1,4 @@
-"""Run the jobs of a study, each after the jobs it needs. A kill loses only running commands."""
+"""Run the jobs of a study, each after the jobs it needs. A kill only loses the running commands."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ PROGRAM = (sys.executable, "-m", "experiments")
 
 
 class JobRunner(Runner[Job]):
-    """Runs jobs that are not complete, each after those it needs.
+    """Runs incomplete jobs, each after the jobs it needs.
 
-        NAME.json    commands of a job, and the seconds of those that are done
+        NAME.json    commands of a job, and the seconds of the completed ones
         NAME.log     their output
-        NAME.lock    locked while a process runs them
+        NAME.lock    locked while a process runs the commands
 
-    folder: folder of the study. parallel: number of jobs to run at a time. minutes: when to stop.
+    folder: folder of the study. parallel: number of jobs to run at a time. minutes: time after which to stop.
     """
 
     def __init__(self, folder: Path, jobs: Sequence[Job], parallel: int = 1, minutes: float | None = None):
@@ -39,9 +39,9 @@ class JobRunner(Runner[Job]):
         self._complete: set[str] = set()  # names of jobs
 
     def run(self) -> None:
-        """Run all jobs, except those that need a job that has failed.
+        """Run all jobs, except jobs that need a failed one.
 
-        Raises Preempted as run_all does, and UserError if a job was begun with other commands.
+        Raises Preempted like run_all, and UserError if a job was started with other commands.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self._complete = {job.name for job in self.jobs if is_complete(self.folder, job)}
@@ -61,7 +61,7 @@ class JobRunner(Runner[Job]):
             started = time.monotonic()
             status = self._run_command(command, output, lock)
             if self.signal is not None and (status != 0 or "SLURM_JOB_ID" in os.environ):
-                return  # in SLURM, a preempted training ends with 0
+                return  # in SLURM, a preempted training exits with 0
             if status == 0:
                 seconds.append(round(time.monotonic() - started, 1))
                 write_json(self.folder / f"{job.name}.json", {"commands": job.commands, "seconds": seconds})
@@ -89,9 +89,9 @@ def is_complete(folder: Path, job: Job) -> bool:
 
 
 def seconds_of(folder: Path, job: Job) -> list[float]:
-    """Return the seconds of each completed command. The last one, the evaluation, counts only if its results exist.
+    """Return the seconds of each completed command. The last command, the evaluation, only counts if its results exist.
 
-    Commands that are not complete may have changed since. Raises UserError if one that is complete has.
+    Raises UserError if a completed command has changed in the study's file; other commands may change.
     """
     path = folder / f"{job.name}.json"
     if not path.is_file():
@@ -104,8 +104,8 @@ def seconds_of(folder: Path, job: Job) -> list[float]:
         words = [word for command in now for word in command]
         differing = next(((a, b) for a, b in zip(then, words, strict=False) if a != b), ("more words", "fewer words"))
         raise UserError(
-            f"{job.name} was begun with other commands ({differing[0]} then, {differing[1]} now); choose another "
-            f"output, or delete {relative_path(path)} and what the job has made"
+            f"{job.name} was started with other commands ({differing[0]} then, {differing[1]} now); choose another "
+            f"output, or delete {relative_path(path)} and the job's results"
         )
     has_results = (job.output / "results.json").is_file()
     return record["seconds"] if has_results else record["seconds"][: len(job.commands) - 1]

@@ -1,4 +1,4 @@
-"""The lock on a run's folder: one job at a time trains in it."""
+"""Lock a run's folder, so that only one job at a time trains in it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from lightning_modules.distributed.signals import leave_if_asked
 log = logging.getLogger(__name__)
 
 PATIENCE = 30.0  # seconds to wait for the processes of the previous attempt to end
-LOCK = ".lock"  # in the run's folder, so that it is the same file under every name of the folder
+LOCK = ".lock"  # in the run's folder, so that all paths to the folder share the lock
 
 
 @contextmanager
 def lock_run(folder: Path) -> Iterator[None]:
-    """On the first rank, hold the lock on a run's folder. Creates the folder, and removes it again if it stays empty.
+    """On the first rank, hold the lock on a run's folder. Creates the folder, and removes it if it stays empty.
 
     Raises UserError if another process still holds the lock after PATIENCE seconds.
     """
@@ -33,7 +33,7 @@ def lock_run(folder: Path) -> Iterator[None]:
         yield
         return
     created = [path for path in (folder, *folder.parents) if not path.exists()]
-    if (folder / LOCK).exists():  # a killed job left it, and may have created the folder for it
+    if (folder / LOCK).exists():  # left by a killed job, which may also have created the folder
         created = created or [folder]
     lock = _wait_for_lock(folder)
     try:
@@ -56,15 +56,15 @@ def is_in_use(folder: Path) -> bool:
 
 
 def replace_folder(folder: Path, kept: Path) -> None:
-    """Rename a run's folder to `kept`, and put an empty folder with the same lock in its place. Raises OSError."""
+    """Rename a run's folder to `kept`, and replace it by an empty folder with the same lock. Raises OSError."""
     empty = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     empty.chmod(folder.stat().st_mode)
     try:
         if (folder / LOCK).exists():
-            # A hard link, so that no other job finds the folder unlocked in between.
+            # A hard link, so that the folder is never unlocked in between.
             os.link(folder / LOCK, empty / LOCK)
         folder.rename(kept)
-        empty.rename(folder)  # fails if another job has just created the folder
+        empty.rename(folder)  # fails if another job has just created this folder
     except OSError:
         (empty / LOCK).unlink(missing_ok=True)
         empty.rmdir()
@@ -87,9 +87,11 @@ def _wait_for_lock(folder: Path) -> IO[str]:
                 continue  # the last job has just removed the folder
             raise UserError(f"run.dir: {folder} cannot be used ({error})") from error
         if time.monotonic() > deadline:
-            raise UserError(f"run.dir: {folder} is in use by {holder}. Wait for it, end it, or choose another run.dir.")
+            raise UserError(
+                f"run.dir: {folder} is in use by {holder}. Wait until it ends, stop it, or choose another run.dir."
+            )
         if not announced:
-            log.info("%s is in use by %s: waiting up to %.0f seconds for it to end", folder, holder, PATIENCE)
+            log.info("%s is in use by %s; waiting up to %.0f seconds for it to end", folder, holder, PATIENCE)
             announced = True
         leave_if_asked()
         time.sleep(0.2)

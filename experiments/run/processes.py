@@ -1,7 +1,7 @@
-"""Run evaluate, mine or embed in several processes, started by this module, or by the user with torchrun or srun.
+"""Run evaluate, mine or embed in several processes. This module starts them, or the user with torchrun or srun.
 
-This module uses torchrun's launcher. Lightning's launcher, which training uses, kills the command with SIGKILL if a
-process fails, so there would be no useful exit status.
+It uses torchrun's launcher, because Lightning's launcher, which training uses, kills the command with SIGKILL if a
+process fails. That would give no useful exit status.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lightning_modules.distributed import launch
 from lightning_modules.retrieval.compute import default_device
 
 LAUNCHER = "SCIMULT_LAUNCHER"  # environment variable with the id of the process that launched this one
-GRACE = 10.0  # seconds that a rank waits before it raises an error that another rank may have caused
+GRACE = 10.0  # seconds that a rank waits before it raises an error, which another rank may have caused
 PR_SET_PDEATHSIG = 1  # option of Linux's prctl: signal for this process when its parent ends
 TORCHRUN_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.distributed.elastic.agent.server.api")
 
 
 def run_on_ranks(work: Callable[[], None], command: str, arguments: Sequence[str], devices: int) -> None:
-    """Run a command's work on all ranks: `devices` processes of this machine, or those of torchrun or srun.
+    """Run a command's work on all ranks: in `devices` processes on this machine, or in those of torchrun or srun.
 
     work: function that each rank calls.
     command, arguments: module and arguments to run in each process. They must lead to this function again, which then
@@ -56,16 +56,16 @@ def run_on_ranks(work: Callable[[], None], command: str, arguments: Sequence[str
 
 
 def launch_processes(command: str, arguments: Sequence[str], devices: int) -> None:
-    """Run `python -m command arguments` in `devices` processes, with the environment variables of torchrun.
+    """Run `python -m command arguments` in `devices` processes, with torchrun's environment variables.
 
-    If one fails, the others are ended. If it failed with a UserError, which it has printed, exit with status 2.
-    Raises UserError if it was killed or failed in another way.
+    If one process fails, the others are stopped. After a UserError, which the process has printed, this exits with
+    status 2. Raises UserError if a process was killed or failed in another way.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    for name in TORCHRUN_LOGGERS:  # they would report each failure a second time
+    for name in TORCHRUN_LOGGERS:  # they would report each failure again
         logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ[LAUNCHER] = str(os.getpid())
     os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // devices))
@@ -99,9 +99,9 @@ def launch_processes(command: str, arguments: Sequence[str], devices: int) -> No
 
 
 def end_with_launcher() -> None:
-    """Make sure that this process ends with the command that launched it, even if that is killed.
+    """Make sure that this process ends with the command that launched it, even if that command is killed.
 
-    When torchrun's launcher shuts down, it stops its processes. When it is killed, they would outlive it.
+    torchrun's launcher stops its processes when it shuts down, but if it is killed, they would outlive it.
     """
     if LAUNCHER not in os.environ:
         return
@@ -110,7 +110,7 @@ def end_with_launcher() -> None:
         watched = ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
     except (AttributeError, OSError, TypeError):  # not Linux
         watched = False
-    if os.getppid() != launcher:  # the launcher ended before the call of prctl
+    if os.getppid() != launcher:  # the launcher ended before prctl was called
         os.kill(os.getpid(), signal.SIGKILL)
     if not watched:
         threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
@@ -123,7 +123,7 @@ def _watch(launcher: int) -> None:
 
 
 def _work_as_rank(work: Callable[[], None]) -> None:
-    """Call work as one rank of the process group. Each rank has its own GPU, if there are GPUs."""
+    """Call `work` as one rank of the process group. If there are GPUs, each rank has its own."""
     if "RANK" not in os.environ:
         _translate_slurm()
     try:
@@ -134,8 +134,8 @@ def _work_as_rank(work: Callable[[], None]) -> None:
         work()
         dist.barrier()
     except (UserError, RuntimeError) as error:
-        # Another rank may have raised the same error, or caused this one. Then the launcher ends this process while it
-        # waits, and the error is printed only once.
+        # Another rank may have raised the same error, or caused this one. If so, the launcher stops this process during
+        # the wait, and the error is only printed once.
         if launch.rank() > 0 or isinstance(error, RuntimeError):
             time.sleep(GRACE)
         raise
@@ -145,7 +145,7 @@ def _work_as_rank(work: Callable[[], None]) -> None:
 
 
 def _translate_slurm() -> None:
-    """Set torch.distributed's environment variables from those of srun."""
+    """Set torch.distributed's environment variables from srun's."""
     from lightning.fabric.plugins.environments import SLURMEnvironment
 
     first_node = SLURMEnvironment.resolve_root_node_address(os.environ.get("SLURM_NODELIST", "127.0.0.1"))
@@ -159,7 +159,8 @@ def _translate_slurm() -> None:
 class Share:
     """One process's share of work that is divided into shards.
 
-    index, count: number of this process, from 0, and number of processes. local_rank: its number on this machine.
+    index, count: index of this process, and number of processes.
+    local_rank: index of this process on this machine.
     """
 
     index: int = 0
@@ -170,24 +171,24 @@ class Share:
         return f"{self.index + 1}/{self.count}"
 
     def shards(self, count: int) -> range:
-        """Return which of `count` shards belong to this process."""
+        """Return the numbers of this process's shards, out of `count`."""
         return range(self.index, count, self.count)
 
     @property
     def device(self) -> torch.device:
-        """The process's GPU, or the CPU if there is none."""
+        """The GPU of this process, or the CPU if there are no GPUs."""
         return default_device(self.local_rank)
 
 
 def share_of(part: str, environment: Mapping[str, str] = os.environ) -> Share:
     """Return this process's share of a job whose processes never communicate.
 
-    part: "I/N" for the I-th of N parts; by default this task of a SLURM array. The ranks of torchrun or the tasks of
-        srun divide it further.
-    Raises UserError for an invalid part.
+    part: "I/N" for the I-th of N parts; by default, this task of a SLURM array. Ranks of torchrun or tasks of srun
+        divide the part further.
+    Raises UserError if the part is invalid.
     """
     index, count = _parse_part(part, environment)
-    # SLURM_NTASKS would be wrong here: a batch script without srun has it too, but is a single process.
+    # SLURM_NTASKS would be wrong here: it is also set in a batch script without srun, which is a single process.
     srun = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     for rank_key, size_key, local_key in (("RANK", "WORLD_SIZE", "LOCAL_RANK"), srun):
         size = launch.number(size_key, 1, environment)

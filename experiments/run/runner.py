@@ -1,4 +1,4 @@
-"""Run the trials of a sweep or the jobs of a study in parallel processes, together with other machines."""
+"""Run the trials of a sweep or the jobs of a study in parallel processes, possibly on several machines."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from lightning_modules.distributed.signals import ASKING, Preempted
 
 log = logging.getLogger(__name__)
 
-LOG_TAIL = 15  # lines of a failed command's log in the error message
+LOG_TAIL = 15  # number of lines of a failed command's log to show in the error message
 Item = TypeVar("Item")
 
 
 class Runner(ABC, Generic[Item]):
     """Runs items, such as the trials of a sweep, in parallel processes.
 
-    The process of an item holds its lock, even after a kill of the runner, so several runners may share a folder.
+    The process of an item holds the item's lock, even if the runner is killed, so several runners can share a folder.
 
-    parallel: number of items to run at a time. minutes: when to stop.
+    parallel: number of items to run at a time. minutes: time after which to stop.
     """
 
     def __init__(self, parallel: int = 1, minutes: float | None = None):
@@ -44,20 +44,20 @@ class Runner(ABC, Generic[Item]):
 
     @abstractmethod
     def lock_of(self, item: Item) -> Path:
-        """Return the file that is locked while a process runs an item."""
+        """Return the file that a process locks while it runs an item."""
 
     @abstractmethod
     def may_start(self, item: Item) -> bool:
-        """Return whether an item may start now. Items that never may are not run."""
+        """Return whether an item may start now. Items for which this stays false are never run."""
 
     @abstractmethod
     def run_item(self, item: Item, lock: IO[str]) -> None:
-        """Run the rest of an item. Called in a thread, which holds the lock of the item."""
+        """Run the rest of an item. Called in a thread that holds the item's lock."""
 
     def run_all(self, items: Sequence[Item]) -> None:
-        """Run items in order. If another process is running an item, try it again until it is free.
+        """Run items in order. If another process is running an item, try again until it is free.
 
-        Raises Preempted after a signal or when the time is up. Processes that can resume have saved by then.
+        Raises Preempted after a signal, or when the time is up and all processes that can resume have saved.
         """
         for number in ASKING:
             signal.signal(number, lambda received, _frame: self.stop(signal.Signals(received)))
@@ -100,9 +100,9 @@ class Runner(ABC, Generic[Item]):
     def process(
         self, command: Sequence[str], output: Path, lock: IO[str], folder: Path | None = None
     ) -> Iterator[subprocess.Popen]:
-        """Start a command, and pass signals on to it. The caller waits for its end.
+        """Start a command, and pass signals on to it. The caller waits until it ends.
 
-        output: file to append its output to. folder: working directory, by default this one.
+        output: file to append the command's output to. folder: working directory, by default the current one.
         lock: lock that is held until the command ends, even if this process is killed.
         """
         slot = self._slots.get()
@@ -119,7 +119,7 @@ class Runner(ABC, Generic[Item]):
                     pass_fds=[lock.fileno()],
                 )
             self._processes.add(process)
-            if self.signal is not None:  # the signal came before the process was registered
+            if self.signal is not None:  # a signal came before the process was registered
                 send(process, self.signal)
             yield process
             self._processes.remove(process)
@@ -128,7 +128,7 @@ class Runner(ABC, Generic[Item]):
 
 
 def send(process: subprocess.Popen, number: signal.Signals) -> None:
-    """Send a signal to a process and all that it has started, unless it has ended."""
+    """Send a signal to a process and all its descendants, unless it has ended."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, number)
 
@@ -139,9 +139,9 @@ def log_tail(path: Path) -> str:
 
 
 def environment(slot: int, parallel: int) -> dict[str, str]:
-    """Return the environment of a command: no variables of an outer make, and its own GPU if several run in parallel.
+    """Return the environment of a command, without variables of an outer make, and with its own GPU if several run.
 
-    slot: index of the command among the `parallel` ones that run at the same time.
+    slot: index of the command among the `parallel` commands that run at the same time.
     """
     variables = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     variables["PYTHONUNBUFFERED"] = "1"

@@ -32,18 +32,19 @@ from lightning_modules.distributed.signals import PREEMPTED
 
 log = logging.getLogger(__name__)
 
-MAX_FAILED = 3  # the sweep ends if that many trials fail before any has succeeded
-POLL_EVERY = 3.0  # seconds between two checks of the metric that a trial logs
+MAX_FAILED = 3  # the sweep ends if this many trials fail before any succeeds
+POLL_EVERY = 3.0  # seconds between two checks of a trial's logged metric
 REPORT_EVERY = 20.0  # seconds between two log lines on a trial's progress
 ENDED = ("finished", "stopped")  # stopped: by early_terminate
-MAKE_ONLY = ("EXTRAS", "PYTHON", "VENV")  # variables that only make has
+MAKE_ONLY = ("EXTRAS", "PYTHON", "VENV")  # variables that only make knows
 
 
 @dataclass(frozen=True)
 class Trial:
     """A trial of a sweep.
 
-    values: value of each parameter by its key; {} if not chosen yet. folder: folder of the trial's run.
+    values: value of each parameter by key, {} if not chosen yet.
+    folder: folder of the trial's run.
     """
 
     number: int
@@ -68,7 +69,7 @@ class Trial:
         return [*starmap(as_override, self.values.items()), f"run.dir={self.folder}", *group]
 
     def metric_values(self, metric: str) -> dict[int, float]:
-        """Return the logged values of a metric by step. If a step was logged twice, the last row counts."""
+        """Return the logged values of a metric by step. If a step was logged twice, the last value counts."""
         values = {row["step"]: row[metric] for row in self._rows() if _is_number(row.get(metric))}
         return dict(sorted(values.items()))
 
@@ -97,7 +98,7 @@ def trials_of(sweep: Sweep, folder: Path) -> list[Trial]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON lines file. Lines that a kill or a full disk has cut short are skipped."""
+    """Return the rows of a JSON lines file. Lines that were cut short by a kill or a full disk are skipped."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         with suppress(ValueError, RecursionError):
@@ -114,8 +115,8 @@ def _is_number(value: Any) -> bool:
 class Controller(Runner[Trial]):
     """Runs the trials of a sweep. After a kill, another controller continues the sweep.
 
-    The sweep's folder holds the trials' runs, and trials.jsonl with the states of each trial. Several controllers, on
-    one or several machines, may share a folder: each trial is run by one of them at a time.
+    The sweep's folder has the trials' runs, and trials.jsonl with the states of each trial. Several controllers, on one
+    or several machines, can share a folder. Only one of them runs a trial at a time.
     """
 
     def __init__(self, sweep: Sweep, folder: Path, parallel: int = 1, retry_failed: bool = False):
@@ -129,7 +130,7 @@ class Controller(Runner[Trial]):
 
     @property
     def settings(self) -> dict[str, str]:
-        """Settings of all trials by their key, without those that may change between the attempts of a run."""
+        """Settings of all trials by key, without settings that may change between the attempts of a run."""
         words = (word.partition("=") for word in self.sweep.command([]))
         return {
             key: value
@@ -138,13 +139,13 @@ class Controller(Runner[Trial]):
         }
 
     def states(self) -> dict[int, dict[str, Any]]:
-        """Return the last row of trials.jsonl of each trial, by number."""
+        """Return each trial's last row in trials.jsonl, by number."""
         types = {"trial": int, "state": str, "parameters": dict}
         rows = read_rows(self.folder / "trials.jsonl")
         return {row["trial"]: row for row in rows if all(isinstance(row.get(key), kind) for key, kind in types.items())}
 
     def ended(self) -> list[Trial]:
-        """Return the trials that have ended, with their values."""
+        """Return all ended trials with their values."""
         states = self.states()
         recorded = [(trial, states.get(trial.number, {})) for trial in self.trials]
         return [
@@ -156,7 +157,7 @@ class Controller(Runner[Trial]):
     def run(self) -> None:
         """Run all trials that have not ended.
 
-        Raises Preempted after a signal; the trials have saved by then. Raises UserError if the first trials all fail.
+        Raises Preempted after a signal, when all trials have saved. Raises UserError if the first trials all fail.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.run_all(self.trials)
@@ -180,13 +181,13 @@ class Controller(Runner[Trial]):
         recorded = self.states().get(trial.number, {})
         trial = dataclasses.replace(trial, values=recorded.get("parameters", trial.values))
         state = recorded.get("state")
-        if trial.has_results and state != "finished":  # it ran in a job array, or its controller was killed
+        if trial.has_results and state != "finished":  # the trial ran in a job array, or its controller was killed
             self._record(trial, "finished", value=self._best(trial))
         elif state not in ENDED and (state != "failed" or self.retry_failed):
             self._run_to_its_end(self._start(trial), lock)
 
     def _start(self, trial: Trial) -> Trial:
-        """Record that a trial starts, and return it. With `method: bayes`, this chooses its values."""
+        """Record that a trial starts, and return it. For `method: bayes`, this also chooses its values."""
         with lock_file(self.folder / "trials.lock"):  # one controller at a time chooses values
             if not trial.values:
                 past = [
@@ -210,7 +211,7 @@ class Controller(Runner[Trial]):
             self._record(trial, state, status=status, seconds=round(time.monotonic() - start, 1), value=value, **reason)
             if state != "preempted" or self.signal is not None:
                 break
-            log.info("trial %d was preempted: resuming it", trial.number)
+            log.info("trial %d was preempted; resuming it", trial.number)
             self._record(trial, "started")
         if state in ENDED:
             self._any_succeeded = True
@@ -223,14 +224,14 @@ class Controller(Runner[Trial]):
 
     def _run_process(self, trial: Trial, lock: IO[str]) -> int:
         command = self.sweep.command(trial.arguments(self.sweep))
-        if command[0] == "make":  # the same with this interpreter, and not with that of the Makefile
+        if command[0] == "make":  # run it with this interpreter instead of the Makefile's
             words = [word for word in command[1:] if word.partition("=")[0] not in MAKE_ONLY]
             command = [sys.executable, "-m", "experiments", *words]
         with self.process(command, trial.log, lock, ROOT) as process:
             return self._watch(trial, process)
 
     def _watch(self, trial: Trial, process: subprocess.Popen) -> int:
-        """Wait for the end of a process, and stop it if early_terminate says so. Returns its exit status."""
+        """Wait until a process ends, and stop it early if early_terminate says so. Returns the exit status."""
         rule, num_seen, reported = self.sweep.early_terminate, 0, time.monotonic()
         while True:
             with suppress(subprocess.TimeoutExpired):
@@ -251,7 +252,8 @@ class Controller(Runner[Trial]):
         others = [list(t.metric_values(metric).values()) for t in self.trials if t.number != trial.number]
         if reason := rule.reason(list(values.values()), others, self.sweep.maximize):
             self._stop_reasons[trial.number] = {"step": max(values), "reason": reason}
-            # Before the signal: even if this process is killed in between, no other controller resumes the trial.
+            # Record this before the signal, so that no other controller resumes the trial if this process is killed in
+            # between.
             self._record(trial, "stopped", **self._stop_reasons[trial.number])
             log.info("trial %d is stopped early at step %d: %s", trial.number, max(values), reason)
             send(process, signal.SIGTERM)
@@ -261,7 +263,7 @@ class Controller(Runner[Trial]):
             return "finished"
         if trial.number in self._stop_reasons:
             return "stopped"
-        is_requeued = status == 0 and "SLURM_JOB_ID" in os.environ  # SLURM requeues the job with all its processes
+        is_requeued = status == 0 and "SLURM_JOB_ID" in os.environ  # SLURM will requeue the job with all its processes
         return "preempted" if status == PREEMPTED or is_requeued or self.signal is not None else "failed"
 
     def _best(self, trial: Trial) -> float | None:

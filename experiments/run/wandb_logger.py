@@ -1,4 +1,4 @@
-"""The loggers of a run: metrics.jsonl, those of Lightning, and Weights & Biases."""
+"""Loggers of a run: metrics.jsonl, Lightning's loggers, and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def build_loggers(config: Config, folder: Path) -> list[RunLogger]:
 
 
 def _harmless(method: Callable) -> Callable:
-    """Run a method on the first rank only. After an error, disable the W&B logger and let the run continue."""
+    """Run a method on the first rank only. If it fails, disable the W&B logger and let the run continue."""
 
     @functools.wraps(method)
     def call(self: WandbLogger, *args: Any, **kwargs: Any) -> None:
@@ -61,7 +61,7 @@ def _harmless(method: Callable) -> Callable:
             return
         try:
             method(self, *args, **kwargs)
-        except (Exception, SystemExit) as error:  # W&B runs in its own process, which may fail in any way
+        except (Exception, SystemExit) as error:  # W&B runs in a process of its own, which can fail in any way
             self.has_failed = True
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning("W&B failed (%s): from now on, metrics only go to metrics.jsonl", reason)
@@ -70,13 +70,14 @@ def _harmless(method: Callable) -> Callable:
 
 
 class WandbLogger(RunLogger):
-    """Log a run to W&B's own file, in wandb/ of the run's folder, from the first logged value on.
+    """Log a run to a W&B file in wandb/ of the run's folder. The file is created with the first logged value.
 
     The file is written offline, so that no server can slow down training. Each attempt of a run has its own file,
     but all attempts have the same id.
 
-    arguments: arguments of wandb.init. online: whether to start a process that sends the file (wandb_sender.py).
-    patience: maximum number of seconds to wait for that process at the end of the run.
+    arguments: arguments of wandb.init.
+    online: whether to start a process that sends the file (wandb_sender.py).
+    patience: maximum number of seconds to wait for this process at the end of the run.
     """
 
     def __init__(self, folder: Path, arguments: Mapping[str, Any], online: bool, patience: float):
@@ -101,7 +102,9 @@ class WandbLogger(RunLogger):
 
         os.environ.setdefault("WANDB_SILENT", "true")
         if self.online:
-            atexit.register(self._wait_for_sender)  # registered before W&B's own function, so it runs after it
+            atexit.register(
+                self._wait_for_sender
+            )  # registered before W&B's own exit function, so that it runs after it
         settings = wandb.Settings(x_transaction_log_flush_interval=5)
         arguments = self.arguments | {"dir": self.folder, "id": self._run_id(), "resume": "allow"}
         run = wandb.init(mode="offline", settings=settings, **arguments)
@@ -116,7 +119,7 @@ class WandbLogger(RunLogger):
         return run
 
     def _run_id(self) -> str:
-        """Return the run's id, which is stored in its folder. The id of a trial comes from W&B's agent."""
+        """Return the run's id, which is stored in its folder. A trial gets its id from W&B's agent."""
         path = self.folder / "wandb_id"
         if trial_id := os.environ.get("WANDB_RUN_ID"):
             path.write_text(trial_id)
@@ -174,11 +177,11 @@ class WandbLogger(RunLogger):
         import wandb
 
         self.run.finish(exit_code=status)
-        wandb.teardown()  # only now is everything on disk
+        wandb.teardown()  # after this, everything is on disk
         self._wait_for_sender()
 
     def _wait_for_sender(self) -> None:
-        """Wait up to `patience` seconds until everything is sent."""
+        """Wait until everything is sent, at most `patience` seconds."""
         if self._sender is None:
             return
         sender, self._sender = self._sender, None
@@ -188,4 +191,4 @@ class WandbLogger(RunLogger):
             sender.terminate()
             sender.wait()
         if self._run is not None and not is_sent(Path(self._run.settings.sync_file)):
-            log.warning("W&B did not get the whole run: make sync folder=%s sends the rest", self.folder)
+            log.warning("W&B did not receive the whole run; make sync folder=%s sends the rest", self.folder)

@@ -1,7 +1,7 @@
 """Send a run to W&B while it trains: python -m experiments.run.wandb_sender FILE.wandb
 
 Training only writes W&B's file, so no server can slow it down. This process reads the file and sends it. It imports
-little, and ends when everything is sent or the process that started it has ended.
+little, and ends when everything is sent or the training process has ended.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 
 from experiments.shared.plain import say
 
-PATIENCE = 20  # seconds without an answer after which the log says that W&B cannot be reached
+PATIENCE = 20  # after this many seconds without an answer, log that W&B cannot be reached
 PAUSE = 30  # seconds until the next attempt
-# The training's own variables: the first would make W&B's command join the training's service process.
+# Variables of the training. The first one would make W&B's command join the training's service process.
 TRAINING_VARIABLES = ("WANDB_SERVICE", "WANDB_SILENT", "WANDB_MODE")
 
 
@@ -34,7 +34,7 @@ def is_sent(file: Path) -> bool:
 
 
 class Sender:
-    """Sends a growing file until its run has ended, and tries again if the server fails."""
+    """Sends a growing file until the run has ended, and tries again if the server fails."""
 
     def __init__(self, file: Path):
         self.file, self.parent = file, os.getppid()
@@ -50,7 +50,7 @@ class Sender:
                 time.sleep(PAUSE)
 
     def _watch(self) -> None:
-        """Exit with the parent, and report a server that does not answer."""
+        """Exit when the parent ends, and report a server that does not answer."""
         start = time.monotonic()
         while os.getppid() == self.parent:
             if time.monotonic() - start > PATIENCE:
@@ -77,18 +77,18 @@ class Sender:
             self._print_once(f"W&B refused the run ({last}); it is logged offline meanwhile")
 
     def _print_once(self, message: str) -> None:
-        """Print the first message only: one line about W&B is enough in the log of a training."""
+        """Print only the first message, because one line about W&B is enough in a training log."""
         if not self._has_spoken.is_set():
             self._has_spoken.set()
             say(message)
 
     def _exit(self) -> None:
         if self._process:
-            self._process.kill()  # its child, wandb-core, ends with it
+            self._process.kill()  # also ends its child, wandb-core
         os._exit(1)
 
 
 if __name__ == "__main__":
-    for ignored in (signal.SIGINT, signal.SIGUSR1):  # these are for the training process, which ends this one
+    for ignored in (signal.SIGINT, signal.SIGUSR1):  # these signals are for the training process, which ends this one
         signal.signal(ignored, signal.SIG_IGN)
     Sender(Path(sys.argv[1])).run()

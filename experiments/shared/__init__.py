@@ -1,1 +1,1 @@
-"""Console, output folders, and progress: what all commands use."""
+"""Helpers that all commands use: console, output folders, and progress."""

@@ -20,7 +20,7 @@ from datamodules.records import UserError
 from experiments.shared.plain import PlainFormatter, plain, say
 from lightning_modules.distributed import launch
 
-# Messages of safetensors and other Rust libraries, and of numpy, whose errors have no number.
+# Messages of safetensors and other Rust libraries, and of numpy. Their errors have no error number.
 FULL_DISK = re.compile(
     r"No space left|Disk quota exceeded|File too large|os error (27|28|122)|\d+ requested and \d+ written"
 )
@@ -29,13 +29,13 @@ LEVELS = {"-q": logging.WARNING, "--quiet": logging.WARNING, "-v": logging.DEBUG
 
 
 def quiet_libraries() -> None:
-    """Silence messages of libraries that users cannot act on."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns at every fork of a data worker
+    """Silence library messages that users cannot act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn whenever a data worker is forked
     for name in ("lightning.pytorch", "lightning.fabric", "bm25s", "faiss.loader", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # It logs which rank failed before it ends the others.
+    # It logs which rank failed before it stops the others.
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
-    for name in ("huggingface_hub", "datasets"):  # they also print their messages themselves
+    for name in ("huggingface_hub", "datasets"):  # they also print their messages by themselves
         logging.getLogger(name).propagate = False
     for message in (
         r".*does not have many workers.*",
@@ -57,7 +57,7 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
     try:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 lacks most characters
+                stream.reconfigure(errors="backslashreplace")  # only a UTF-8 terminal has all characters
         arguments, level = _verbosity(sys.argv[1:])
         logging.basicConfig(level=level if launch.rank() == 0 else logging.ERROR, stream=sys.stdout, force=True)
         logging.getLogger().handlers[0].setFormatter(PlainFormatter())
@@ -68,8 +68,8 @@ def entry_point(main: Callable[[Sequence[str]], None]) -> None:
     except UserError as error:
         say(f"error: {error}", sys.stderr, line_break="\n  ")
         sys.exit(2)
-    except BrokenPipeError:  # the reader of a pipe has ended, such as head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains at its end
+    except BrokenPipeError:  # the reader of the pipe, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
         sys.exit(141)  # as after SIGPIPE
     except Exception as error:
         if problem := full_disk(error):
@@ -96,14 +96,14 @@ def verbosity() -> list[str]:
 
 
 def log_to_stderr() -> None:
-    """Send the log lines of this command to stderr, so that its stdout holds nothing but its result."""
+    """Send this command's log lines to stderr, so that stdout only has the result."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
             handler.setStream(sys.stderr)
 
 
 def full_disk(error: BaseException | None) -> str | None:
-    """Return the message of an error that a full disk has caused, or None. Libraries wrap it in errors of their own."""
+    """Return the message of an error caused by a full disk, else None. Libraries wrap it in errors of their own."""
     while error is not None:
         is_system = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         if is_system or FULL_DISK.search(str(error)):
@@ -113,7 +113,7 @@ def full_disk(error: BaseException | None) -> str | None:
 
 
 class PlainConsole(Console):
-    """A console that prints every string as it is: no markup, no emoji codes, and nothing that controls the terminal.
+    """A console that prints strings literally: no markup, no emoji codes, and nothing that controls the terminal.
 
     For a style of our own, pass Text(plain(...), style).
     """

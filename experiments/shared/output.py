@@ -15,9 +15,9 @@ from datamodules.records import UserError, explained
 
 @contextmanager
 def writable_folder(key: str, path: Path) -> Iterator[None]:
-    """Create a folder if needed. On an error, remove the folders created here that are empty.
+    """Create a folder if needed. On an error, remove all folders created here that are empty.
 
-    key: option that names the folder, for errors. Raises UserError if it cannot be created.
+    key: option that names the folder, for errors. Raises UserError if the folder cannot be created.
     """
     created = [folder for folder in (path, *path.parents) if not folder.exists()]
     with explained(f"{key}: {path} cannot be used"):
@@ -35,7 +35,7 @@ def writable_folder(key: str, path: Path) -> Iterator[None]:
 def whole_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
     """Yield a temporary folder that becomes path on success and is removed on an error.
 
-    replaces: replace an existing folder, even if it has files. Raises UserError if path is in use or not writable.
+    replaces: whether to replace an existing folder that has files. Raises UserError if path is in use or not writable.
     """
     path = path.resolve()
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not replaces):
@@ -47,12 +47,12 @@ def whole_folder(path: Path, replaces: bool = False) -> Iterator[Path]:
 
 
 def name_of(path: Path | str) -> str:
-    """Return the name of a file or folder, also for paths such as . and .."""
+    """Return the name of a file or folder, even if the path is . or .."""
     return Path(os.path.abspath(path)).name
 
 
 def shortened(name: str) -> str:
-    """Cut a folder name after 60 characters. A hash keeps it unique."""
+    """Shorten a folder name to 60 characters, with a hash that keeps it unique."""
     if len(name) <= 60:
         return name
     return f"{name[:60]}-{hashlib.blake2b(name.encode(), digest_size=3).hexdigest()}"

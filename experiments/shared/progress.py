@@ -1,4 +1,4 @@
-"""Progress of a long step: a bar on a terminal, and a line every 30 seconds in a log."""
+"""Show the progress of a long step: as a bar on a terminal, and as a line every 30 seconds in a log."""
 
 from __future__ import annotations
 
@@ -25,8 +25,11 @@ log = logging.getLogger(__name__)
 class Progress(ProgressLines):
     """Show the progress of a step, used as `with Progress("embedding", "texts", total) as progress:`.
 
-    title: name of the step. unit: what is counted, in the plural; "bytes" are shown as MB. total: expected count, if
-    known. brief: log nothing about a step of less than 30 seconds. Only the first rank shows a bar.
+    title: name of the step.
+    unit: unit of the count, in the plural; "bytes" are shown as MB.
+    total: expected count, if known.
+    brief: whether to log nothing if the step takes less than 30 seconds.
+    Only the first rank shows a bar.
     """
 
     def __init__(self, title: str, unit: str = "bytes", total: int | None = None, brief: bool = False):

@@ -1,4 +1,4 @@
-"""Tables of results: a command builds rows, and this module prints them for a screen or for another program."""
+"""Print tables of results. A command builds the rows, and this module prints them for a screen or another program."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from experiments.shared.plain import plain, say
 Format = Literal["table", "markdown", "latex", "csv", "json"]
 Cell = str | float | None
 
-PIPE_WIDTH = 160  # characters of a table whose columns may be left out, in a file or pipe
-FOLDED_WIDTH = 32  # minimum width of a column whose text is folded, before other columns are left out
-NARROWEST = 5  # minimum width of such a column, before the others are folded too
-MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~$&#!]|(?<=:)/|(?<=www)\.)")  # the last two would make links
+PIPE_WIDTH = 160  # width in a file or pipe, for a table whose columns may be left out
+FOLDED_WIDTH = 32  # minimum width of a folding column; columns are left out to keep it
+NARROWEST = 5  # minimum width of a folding column; other columns are folded to keep it
+MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|~$&#!]|(?<=:)/|(?<=www)\.)")  # the last two would create links
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "{}$&#_%"}
     | {character: f"{{{character}}}" for character in "[]*"}  # \\[ and \\* mean something at the start of a row
@@ -36,11 +36,11 @@ LATEX = str.maketrans(
 
 
 def format_option() -> Any:
-    """Return the field for the format of a command's tables."""
+    """Return the option for the format of a command's tables."""
     return option(
         "table",
-        "format of the tables: table for the screen; markdown, latex, csv or json, which alone go to stdout. csv and "
-        "json have one row per result, all columns and all digits",
+        "format of the tables: table for the screen; or markdown, latex, csv or json, with nothing else on stdout. "
+        "csv and json have one row per result, all columns and all digits",
     )
 
 
@@ -54,10 +54,10 @@ def reserve_stdout(format: Format) -> None:
 class Column:
     """A column of a table.
 
-    form: format specification of its numbers, which are aligned to the right; None for a column of text.
-    best: which of its numbers is printed in bold.
-    rank: 0 if always shown; else the columns of the highest rank are the first that a narrow screen leaves out.
-    folds: whether a narrow screen folds its text. Other columns are only folded if the table would not fit.
+    form: format specification of the numbers, which are right-aligned; None for a column of text.
+    best: which number is printed in bold.
+    rank: 0 if always shown; otherwise, a narrow screen leaves out the columns with the highest rank first.
+    folds: whether a narrow screen folds the text. Other columns are only folded if the table would not fit.
     """
 
     heading: str
@@ -74,7 +74,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """Cells, one per column. group: rows of one group compete for the best number of a column."""
+    """Cells, one per column. group: rows of the same group compete for the best number in a column."""
 
     cells: Sequence[Cell]
     group: Hashable = None
@@ -83,9 +83,9 @@ class Row:
 
 @dataclass
 class Table:
-    """A table to be read by people.
+    """A table for people to read.
 
-    pipe_width: number of characters in a file or pipe, where by default no column is left out.
+    pipe_width: number of characters in a file or pipe; by default, no column is left out.
     """
 
     columns: Sequence[Column]
@@ -97,9 +97,9 @@ class Table:
         self.rows.append(Row(cells, group, ends_section))
 
     def texts(self) -> Iterator[tuple[Row, list[tuple[str, bool]]]]:
-        """Yield each row with its texts, and whether each is the best of its column and group.
+        """Yield each row with its texts, and for each text whether it is the best in its column and group.
 
-        Numbers that read the same are equally good. A number that competes with no other is not marked.
+        Numbers that print the same are equally good. A number without competitors is not marked.
         """
         rivals: dict[tuple[int, Hashable], list[float]] = defaultdict(list)
         for row in self.rows:
@@ -117,9 +117,9 @@ class Table:
 
 
 def print_tables(format: Format, tables: Sequence[Table], records: Sequence[Mapping[str, Any]]) -> None:
-    """Print tables to stdout, as plain text, Markdown or LaTeX, or the same results as CSV or JSON.
+    """Print tables to stdout as plain text, Markdown or LaTeX, or print the same results as CSV or JSON.
 
-    records: key -> value for each result; numbers are numbers.
+    records: key -> value for each result, with unformatted numbers.
     """
     if format in ("markdown", "latex"):
         say("\n\n".join(map(as_markdown if format == "markdown" else _latex, tables)))
@@ -209,12 +209,12 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> st
 
 
 def escape_markdown(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
+    """Escape text so that Markdown shows it unchanged, on one line."""
     return MARKDOWN.sub(r"\\\1", plain(text))
 
 
 def escape_latex(text: str) -> str:
-    """Return text that LaTeX shows as it is, on one line, with true minus signs."""
+    """Escape text so that LaTeX shows it unchanged, on one line, with proper minus signs."""
     text = plain(text).translate(LATEX).replace("--", "-{}-")
     return re.sub(r"(?<![^\s(])-(?=[\d.])", "$-$", text)
 
@@ -228,7 +228,7 @@ def _csv(records: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _csv_cell(value: Any) -> Any:
-    """Return text on one line, lists and truth values as in JSON, and nothing for a number that is not finite."""
+    """Return a cell on one line. Lists and booleans are as in JSON, and numbers that are not finite are empty."""
     if isinstance(value, str):
         return plain(value)
     return json.dumps(value) if isinstance(value, bool | list | dict) else _finite(value)

@@ -134,7 +134,7 @@ def test_a_complete_run_restores_derived_files_or_says_how(merged_run, tmp_path,
             repaired += bool(message)
         caplog.clear()
         train("vanilla", arguments)
-        assert "making it again from best.ckpt" in caplog.text or "merged" not in name
+        assert "computing it again from best.ckpt" in caplog.text or "merged" not in name
         assert state_of(folder) == state_of(source)
         results = [read_results(path / "results.json").means() for path in (folder, source)]
         assert results[0] == pytest.approx(results[1], abs=1e-6)

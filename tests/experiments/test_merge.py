@@ -191,7 +191,7 @@ def test_a_training_ends_with_an_average_with_its_start(models, tmp_path):
         train("moe", [*shared, "trainer.max_steps=6", "data.batch_size=3"])
     assert all(torch.equal(found[name], tensor) for name, tensor in load_encoder(run).state_dict().items())
     (run / "checkpoints" / "start.ckpt").unlink()
-    with pytest.raises(UserError, match=r"start_share: .*start\.ckpt.*No such file.*restore it, or use make merge"):
+    with pytest.raises(UserError, match=r"start_share: .*start\.ckpt.*No such file.*Restore it, or use make merge"):
         train("moe", [*shared, "trainer.max_steps=6"])
 
 

@@ -128,12 +128,12 @@ def test_quoted_value_is_compared_to_its_printed_digits():
     [
         (
             {"protocol": "beir/scifact/test", "queries": 300},
-            "protocol beir/scifact/test; 300 queries, the paper has 1,109",
+            "protocol beir/scifact/test; 300 queries (paper: 1,109)",
         ),
         ({"protocol": "scimult/scifact/all-splits/first-100-queries"}, "protocol scimult/scifact/all-splits/first-100"),
-        ({"documents": 5000}, "5,000 documents, the paper has 5,183"),
-        ({"measured": {"ours": {"similarity": "cosine", "max_length": 512}}}, "similarity cosine, the paper's is dot"),
-        ({"measured": {"ours": {"similarity": "dot", "max_length": 256}}}, "texts of up to 256 tokens, the paper's up"),
+        ({"documents": 5000}, "5,000 documents (paper: 5,183)"),
+        ({"measured": {"ours": {"similarity": "cosine", "max_length": 512}}}, "similarity cosine (paper: dot)"),
+        ({"measured": {"ours": {"similarity": "dot", "max_length": 256}}}, "texts of up to 256 tokens (paper: 512)"),
     ],
 )
 def test_values_measured_differently_are_not_comparable(change, remark):

@@ -171,7 +171,7 @@ def test_jobs_run_once_each_after_those_it_needs(make_study, calls):
     assert all(order.index(" ".join(command)) < merged for command in study.jobs[2].commands)
     JobRunner(study.folder, study.jobs).run()
     assert len(calls()) == 9
-    with pytest.raises(UserError, match="one-seed0 was begun with other commands \\(steps=3 then, steps=7 now\\)"):
+    with pytest.raises(UserError, match="one-seed0 was started with other commands \\(steps=3 then, steps=7 now\\)"):
         JobRunner(study.folder, make_study(values=["steps=7"]).jobs).run()
 
 

@@ -239,7 +239,7 @@ GOOD = """
             "benchmarks: {mine: 3}",
             "benchmark 'mine': expected a mapping under its name and under defaults, got a value",
         ),
-        (f"defaults: 3\nbenchmarks:\n  mine:{GOOD}", "benchmark 'mine': expected settings under its name"),
+        (f"defaults: 3\nbenchmarks:\n  mine:{GOOD}", "benchmark 'mine': expected a mapping under its name"),
         (f"benchmarks:\n  1.5:{GOOD}", "benchmark 1.5: expected a name of a to z"),
         (f"benchmark:\n  mine:{GOOD}", "expected the key benchmarks"),
         (f"sources: x\nbenchmarks:\n  mine:{GOOD}", "unknown key sources; did you mean source"),
@@ -306,7 +306,7 @@ def test_another_split_replaces_that_of_the_benchmarks_and_changes_the_protocol(
         (result,) = (each for each in results.values() if each["split"] == split)
         assert result["queries"] == len(collection.qrels[split])
     assert "train split" in capsys.readouterr().out
-    with pytest.raises(UserError, match="mine: .*the data have no 'other'; expected some of"):
+    with pytest.raises(UserError, match="mine: .*the data have no split 'other'; expected some of"):
         main([*arguments, "split=other"])
     with pytest.raises(UserError, match="split: got train, but the linear model of probed learns from it"):
         main([*arguments, "benchmarks=probed", "split=train"])

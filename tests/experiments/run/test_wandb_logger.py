@@ -154,7 +154,7 @@ def test_a_failing_server_loses_nothing_and_delays_nothing(server, tmp_path, cap
     assert longest < 2  # the server never answers
     assert sender.poll() is not None
     assert [row[STEP] for row in history(file_of(tmp_path))] == [*range(101), 100]
-    assert "W&B did not get the whole run: make sync" in caplog.text
+    assert "W&B did not receive the whole run; make sync" in caplog.text
     with wandb_server() as back:
         os.environ["WANDB_BASE_URL"] = back.url  # monkeypatch puts it back
         wandb.teardown()
