@@ -1,4 +1,4 @@
-"""The data: records, readers, batches and the multi-task schedule. Imports no other package of this project.
+"""Data: records, readers, batches and the multi-task schedule. Does not import other packages of this project.
 
 from datamodules import BeirReader, MultiTaskDataModule, SearchDataModule
 

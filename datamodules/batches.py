@@ -1,4 +1,4 @@
-"""From scheduled examples to batches: collation, and the data modules."""
+"""Make batches from scheduled examples: collation and data modules."""
 
 from __future__ import annotations
 
@@ -36,35 +36,37 @@ DEFAULT_NUM_BATCHES = 1000  # without a trainer, or with a trainer that has no m
 
 @dataclass(frozen=True, slots=True)
 class BatchOptions:
-    """Options for making batches. A task may have its own."""
+    """Options for making batches. A task may have its own options."""
 
-    batch_size: int = option(32, "queries in a batch, on each rank", minimum=1)
-    batch_tokens: int = option(0, "tokens in a batch, on each rank; 0 counts queries instead (batch_size)", minimum=0)
-    num_batches: int = option(0, "number of batches in training; 0 follows the trainer's max_steps", minimum=0)
-    max_length: int = option(256, "maximum number of tokens of a text, special tokens included", minimum=3)
+    batch_size: int = option(32, "number of queries per batch on each rank", minimum=1)
+    batch_tokens: int = option(0, "number of tokens per batch on each rank; 0: use batch_size instead", minimum=0)
+    num_batches: int = option(0, "number of batches in training; 0: as many as trainer.max_steps needs", minimum=0)
+    max_length: int = option(256, "maximum number of tokens per text, including special tokens", minimum=3)
     token_budget: int = option(16384, "maximum number of tokens in a chunk", minimum=1)
-    num_positives: int = option(1, "positives per query, if it has that many", minimum=1)
-    num_hard_negatives: int = option(1, "hard negatives per query, if it has that many", minimum=0)
-    carry_texts: bool = option(False, "whether batches contain their texts, for frozen models that score them")
+    num_positives: int = option(1, "positives per query, if the query has that many", minimum=1)
+    num_hard_negatives: int = option(1, "hard negatives per query, if the query has that many", minimum=0)
+    carry_texts: bool = option(False, "whether batches contain texts, for frozen models that score them")
     num_workers: int | None = option(
-        None, "processes that prepare batches; 0: the training process; by default up to 4 for a GPU", minimum=0
+        None,
+        "number of processes that prepare batches; 0: the training process; by default up to 4 with a GPU",
+        minimum=0,
     )
     collection_temperature: float = option(
         1.0,
-        "temperature of the collections of a task: their shares are their numbers of examples to the power 1 / "
-        "collection_temperature",
+        "temperature for the shares of a task's collections: a share is proportional to the number of examples to the "
+        "power 1 / collection_temperature",
         minimum=0.1,
     )
-    mixed_batches: bool = option(False, "whether a batch mixes the collections of its task")
-    seed: int = option(0, "seed of the schedule and of everything that is sampled")
+    mixed_batches: bool = option(False, "whether batches mix the collections of their task")
+    seed: int = option(0, "seed for the schedule and for all sampling")
     phases: tuple[Phase, ...] = option((Phase(0),), "phases of the schedule; by default tasks take turns throughout")
-    cache: str = option("", "folder of converted collections; empty keeps collections in memory")
+    cache: str = option("", "folder for converted collections; if empty, collections stay in memory")
 
     def __post_init__(self) -> None:
         check_options(self)
 
     def override(self, **changes: Any) -> BatchOptions:
-        """Return a copy with some values changed. A new batch_size replaces batch_tokens."""
+        """Return a copy with some values replaced. A new batch_size disables batch_tokens."""
         if "batch_size" in changes:
             changes = {"batch_tokens": 0} | changes
         return dataclasses.replace(self, **changes)
@@ -90,7 +92,7 @@ def padded(lists: Sequence[Sequence[int]]) -> Tensor:
 
 
 class StoredVectors(Protocol):
-    """Vectors of the rows of a task's document table."""
+    """Stored vectors for the rows of a task's document table."""
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
         """Return the vectors (n, G) of rows (n,), in float32."""
@@ -98,14 +100,14 @@ class StoredVectors(Protocol):
 
 @dataclass(frozen=True)
 class CompanionSource:
-    """Source of the extra texts that an additional loss needs with each batch of a task.
+    """Source of the extra texts that an additional loss needs in each batch of a task.
 
-    table: task whose document table has the texts.
+    table: task whose document table contains the texts.
     task: task whose prompt and expert encode them.
     rows: function that chooses the texts. Its arguments are the rows of the batch's queries, (B,), and documents, (m,),
-        and a random generator with the same state on all ranks. It returns one or more rows of the table, (n,), which
-        may repeat. It cannot be a lambda, because it is pickled for worker processes.
-    detached: whether the loss needs no gradient of their vectors, which saves time and memory.
+        and a random generator with the same state on all ranks. It returns one or more rows of the table, (n,),
+        possibly with repetitions. It cannot be a lambda, because it is pickled for worker processes.
+    detached: whether their vectors get no gradient, which saves time and memory.
     """
 
     table: TaskDataModule
@@ -120,15 +122,15 @@ class CompanionSource:
 
 @dataclass(frozen=True, eq=False)
 class Collator:
-    """Make batches of one task's examples.
+    """Make batches from one task's examples.
 
     tokens: token ids of each row of the document table.
     token_budget: maximum number of tokens in a chunk.
-    num_positives, num_hard_negatives: documents sampled for each query, if it has that many.
-    example_at: positives and hard negatives of an example in each step.
+    num_positives, num_hard_negatives: number of documents to sample per query, if the query has that many.
+    example_at: function that returns the positives and hard negatives of an example in a step (see ExampleAt).
     texts: documents of all rows, if batches contain their texts.
     teacher_vectors: a teacher's vectors of all rows, if batches contain them.
-    companions: sources of the batches' companions, each with the token ids of its table.
+    companions: sources of the companions in each batch, with the token ids of their tables.
     """
 
     task: str
@@ -194,7 +196,7 @@ class Collator:
         return None if self.teacher_vectors is None else torch.from_numpy(self.teacher_vectors.gather(np.array(rows)))
 
     def _chunks(self, rows: list[int], tokens: Sequence[np.ndarray]) -> tuple[tuple[Tokens, ...], dict[int, int]]:
-        """Return the texts of some rows in chunks, and the index of each row's text among them."""
+        """Return the texts of some rows in chunks, and for each row the index of its text."""
         ids = [tokens[row] for row in rows]
         chunks, text_index = list[Tokens](), dict[int, int]()
         for indices in length_sorted_chunks([len(text) for text in ids], self.token_budget):
@@ -206,7 +208,7 @@ class Collator:
 
 @dataclass(frozen=True, eq=False)
 class MultiTaskBatches(Dataset):
-    """The batches of one rank, by step."""
+    """The batches of one rank, indexed by step."""
 
     collators: Mapping[str, Collator]
     schedule: Schedule
@@ -231,12 +233,12 @@ class MultiTaskBatches(Dataset):
 class ContrastiveDataModule(L.LightningDataModule, ABC):
     """Base class for the data of one or several tasks, with a loader that follows the schedule.
 
-    tokenizer: tokenizer of the encoder; by default the trained module's.
-    prompts: text that precedes the inputs of each task.
+    tokenizer: tokenizer of the encoder, by default the trained module's.
+    prompts: text to put before the inputs of each task.
     rounds: mined hard negatives.
-    teacher_vectors: task -> vectors of a teacher, which its batches then contain.
-    companions: sources of the companions of this task's batches.
-    prepared_by: object that identifies the module whose losses need these companions.
+    teacher_vectors: task -> a teacher's vectors, to include in the task's batches.
+    companions: sources of the companions in each task's batches.
+    prepared_by: object that identifies the module whose losses need the companions.
     """
 
     options: BatchOptions
@@ -259,7 +261,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
 
     @abstractmethod
     def pools(self) -> list[MiningPool]:
-        """Return a pool to mine hard negatives from, for each collection with training queries."""
+        """Return, for each collection with training queries, a pool to mine hard negatives from."""
 
     @abstractmethod
     def benchmarks(self, split: str) -> list[Benchmark]:
@@ -292,7 +294,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
     def _encoding(self, task: TaskDataModule, name: str = "") -> Encoding:
         """Return how the texts of a task's table are encoded.
 
-        name: task whose prompt precedes the texts, by default the task itself.
+        name: task whose prompt to put before the texts, by default the task itself.
         """
         if self.tokenizer is None:
             encoder = getattr(self.trainer.lightning_module, "encoder", None) if self.trainer else None
@@ -374,7 +376,7 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
         }
 
     def texts_of_rows(self) -> dict[str, list[tuple[Sequence[Document], bool]]]:
-        """Return the texts of each task's document table as a list of parts, each with whether it is a corpus."""
+        """Return each task's document table as a list of parts: its texts, and whether the part is a corpus."""
         parts = {task.task.name: task.documents.sequences for task in self.tasks}  # corpora and queries alternate
         return {task: [(texts, i % 2 == 0) for i, texts in enumerate(each)] for task, each in parts.items()}
 
@@ -392,7 +394,7 @@ class MultiTaskDataModule(ContrastiveDataModule):
 
         MultiTaskDataModule([ClassificationDataModule(...), SearchDataModule(...)], batch_size=16)
 
-    options: options of all batches, which may also be given as keywords. They apply to tasks without their own options.
+    options: options for tasks without their own, which may also be passed as keyword arguments.
     """
 
     def __init__(
@@ -422,8 +424,8 @@ class MultiTaskDataModule(ContrastiveDataModule):
         duplicates = sorted({name for name in names if names.count(name) > 1})
         if duplicates:
             raise UserError(
-                f"two tasks have a collection named {', '.join(duplicates)}; rename one, since results are reported by "
-                "collection"
+                f"two tasks have a collection named {', '.join(duplicates)}; rename one, because results are reported "
+                f"by collection"
             )
         for task in self.tasks:
             task.setup(stage)

@@ -1,6 +1,6 @@
 """One buffer for all tensors of a batch, so that the batch moves between processes and devices in one copy.
 
-The tensors may be in tuples and dataclasses. Moving copies the buffer, and makes the same views of the copy.
+The tensors may be in tuples and dataclasses. Moving them copies the buffer, and makes the same views of the copy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 class View(NamedTuple):
-    """Where a tensor is in a buffer. strides, offset: numbers of elements."""
+    """Position of a tensor in a buffer. strides, offset: numbers of elements."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -26,15 +26,15 @@ class View(NamedTuple):
 
 
 def moved(value: Value, move: Callable[[Tensor], Tensor]) -> Value:
-    """Return a value whose tensors are views of one buffer that was moved. move: function of the buffer, uint8."""
+    """Return a value whose tensors are views of one moved buffer. move: function that moves the buffer, uint8."""
     buffer, views = pack(value)
     return unpack(move(buffer), views)
 
 
 def pack(value: Value) -> tuple[Tensor, Value]:
-    """Return the tensors of a value as one buffer, uint8, and the value with a View in place of each tensor.
+    """Return the tensors of a value as one buffer, uint8, and the value with each tensor replaced by a View.
 
-    If the tensors are views of one buffer already, nothing is copied.
+    If the tensors already are views of one buffer, nothing is copied.
     """
     tensors: list[Tensor] = []
     _replace(value, Tensor, tensors.append)
@@ -46,12 +46,12 @@ def pack(value: Value) -> tuple[Tensor, Value]:
 
 
 def unpack(buffer: Tensor, value: Value) -> Value:
-    """Return the value with a tensor in place of each View."""
+    """Return the value with each View replaced by its tensor."""
     return _replace(value, View, lambda view: buffer.view(view.dtype).as_strided(view.shape, view.strides, view.offset))
 
 
 def _shared_memory(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return the memory that all tensors share, as bytes, or None if they are in several."""
+    """Return the memory that all tensors share, as bytes, or None if they do not share one block."""
     storage = tensors[0].untyped_storage()
     if storage.nbytes() % ALIGNMENT or any(x.untyped_storage()._cdata != storage._cdata for x in tensors):
         return None

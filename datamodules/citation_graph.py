@@ -1,9 +1,9 @@
-"""The citation graph of a link-prediction task, and random walks on it.
+"""Citation graph of a link-prediction task, and random walks on it.
 
-Its links are the training links, or are read from a file. Links of other splits are left out, because a position or a
-walk would show them to the encoder. Directions are ignored: a walk moves to any neighbour with the same probability.
+The links are the training links, or come from a file. Links of other splits are left out, because positions or walks
+would reveal them to the encoder. Directions are ignored: a walk moves to any neighbour with the same probability.
 
-    P = D^-1 A      probability of a step from one paper to another; D has the degrees, A the links
+    P = D^-1 A      probability of a step from one paper to another; D: degrees, A: links
 
 Shapes: n rows of the task's document table, e links, k steps.
 """
@@ -32,8 +32,8 @@ class CitationGraph:
 
     pairs: rows of the two papers of each link, (e, 2). Order, repetitions and self-links are ignored.
     num_rows: number of rows of the table, n.
-    node_of: node of each row, (n,); by default the row itself. A query whose text differs from its paper's text has its
-        own row, but the paper's node.
+    node_of: node of each row, (n,); by default the row itself. A query whose text differs from its paper's text has a
+        row of its own, but shares the paper's node.
     """
 
     def __init__(self, pairs: np.ndarray, num_rows: int, node_of: np.ndarray | None = None):
@@ -52,11 +52,11 @@ class CitationGraph:
         return len(self.neighbours) // 2
 
     def __contains__(self, row: int) -> bool:
-        """Return whether the paper of a row has a link."""
+        """Return whether the paper of a row has any links."""
         return bool(self.degrees[self.node_of[row]])
 
     def neighbours_of(self, row: int) -> np.ndarray:
-        """Return the rows linked with the paper of a row, in ascending order."""
+        """Return the rows that are linked to the paper of a row, in ascending order."""
         node = self.node_of[row]
         return self.neighbours[self.starts[node] : self.starts[node + 1]]
 
@@ -108,7 +108,7 @@ class CitationGraph:
         return reached[self.node_of]
 
     def most_reached(self, count: int, steps: int) -> np.ndarray:
-        """Return the `count` most visited nodes, most visited first, if a walk of `steps` steps starts at each paper.
+        """Return the `count` nodes that walks of `steps` steps from all papers visit most, most visited first.
 
         Papers without links are never returned. Ties go to the lower row.
         """
@@ -118,7 +118,7 @@ class CitationGraph:
             leaving = at / np.maximum(self.degrees, 1)
             at = np.bincount(self.neighbours, weights=leaving[self.sources], minlength=self.num_rows)
             total += at
-        # Rounded, because the order of a sum changes its last bits.
+        # Rounded, because the order of summation changes the last bits.
         order = np.argsort(-np.round(total, 9), kind="stable")[:count]
         return order[self.degrees[order] > 0]
 
@@ -140,7 +140,7 @@ def positions(graph: CitationGraph, count: int, steps: int) -> tuple[np.ndarray,
 
 
 def graph_of(task: TaskDataModule, file: str | Path | None = None) -> CitationGraph:
-    """Return the citation graph of a link-prediction task. Its data must be set up.
+    """Return the citation graph of a link-prediction task, whose data must be set up.
 
     file: pairs of ids, one per line, separated by a space or tab; by default, the training links are used. Links that
         are only in the dev or test split are left out.
@@ -162,14 +162,14 @@ def graph_of(task: TaskDataModule, file: str | Path | None = None) -> CitationGr
         pairs = [_pairs_of_file(task, Path(file))]
     graph = CitationGraph(np.concatenate(pairs), len(node_of), node_of)
     if not graph.num_links:
-        raise UserError(f"task {name}: the citation graph has no link between two papers of the corpus")
+        raise UserError(f"task {name}: the citation graph has no links between papers of the corpus")
     linked_papers = int((graph.degrees > 0).sum())
     log.info("citation graph of %s: %d links between %d papers", name, graph.num_links, linked_papers)
     return graph
 
 
 def _pairs_of_file(task: TaskDataModule, path: Path) -> np.ndarray:
-    """Return the rows of the pairs in a file, (e, 2), without links that are only in the dev or test split."""
+    """Return the rows of the links in a file, (e, 2). Links that are only in the dev or test split are left out."""
     rows_by_id = [{id: row for row, id in enumerate(part.collection.corpus, part.first_row)} for part in task.parts]
     held_out = _held_out(task)
     pairs: list[tuple[int, int]] = []
@@ -208,7 +208,7 @@ def _id_pairs(path: Path) -> Iterator[tuple[Row, str, str]]:
 
 def _held_out(task: TaskDataModule) -> set[frozenset[str]]:
     """Return the pairs of ids that have a positive grade only in splits other than train."""
-    linked: dict[bool, set[frozenset[str]]] = {True: set(), False: set()}  # whether in the train split
+    linked: dict[bool, set[frozenset[str]]] = {True: set(), False: set()}  # is it the train split? -> linked pairs
     for collection in task.collections.values():
         for split in collection.splits:
             for query, grades in collection.judged(split)[1].items():

@@ -1,9 +1,8 @@
 """Match the papers of two tasks, and look up a paper's annotations in the other task.
 
-title   equal words in the title, ignoring case, accents and punctuation. If the title has fewer than MIN_TITLE words,
-        or there is none, the words of the text must be equal as well.
-text    equal words in title and text
-id      equal ids, for collections that share a numbering of papers
+title   equal words in the title, ignoring case, accents and punctuation. If the title is missing or has fewer than
+MIN_TITLE words, the words of the text must be equal too. text    equal words in title and text id      equal ids, for
+collections that share a numbering of papers
 
 Only train splits count. Labels and search queries are not papers, so they never match.
 """
@@ -22,9 +21,10 @@ MATCHES = ("title", "text", "id")
 
 
 def paper_keys(task: TaskDataModule, match: str = "title") -> np.ndarray:
-    """Return a key of each row of a task's document table: equal for the same paper, 0 for other texts, (rows,) uint64.
+    """Return a key for each row of a task's document table, (rows,) uint64. Equal papers have equal keys; other texts
+    have 0.
 
-    match: how papers are compared, one of MATCHES.
+    match: how to compare papers, one of MATCHES.
     """
     check_choice("match", match, MATCHES)
     in_corpus = task.corpus_rows()
@@ -49,7 +49,7 @@ def _key(document: Document, match: str) -> int:
 def train_positives(task: TaskDataModule, collection: str = "") -> tuple[np.ndarray, Ragged]:
     """Return the row of each training query, (n,), and the rows of its positives, n lists.
 
-    collection: name of the collection whose queries are returned; by default, all collections.
+    collection: name of the collection whose queries to return; by default, all collections.
     """
     queries, lists = [], []
     for name, _, table, offset in task.parts:
@@ -64,13 +64,13 @@ def train_positives(task: TaskDataModule, collection: str = "") -> tuple[np.ndar
 def known_annotations(
     papers: TaskDataModule, task: TaskDataModule, match: str = "title", collection: str = ""
 ) -> Ragged:
-    """Return the training positives that each paper of one task has in another task, such as its labels.
+    """Return the training positives, such as labels, that each paper of one task has in another task.
 
-    papers: task whose document table has the papers; the result has a list for each of its rows.
+    papers: task whose document table contains the papers; the result has one list per row.
     task: task that annotates papers. The lists contain distinct rows of its document table, in ascending order. A
         search task annotates a paper with the queries that it answers.
-    match: how papers are compared, one of MATCHES.
-    collection: collection of `task` that annotates; by default all of them.
+    match: how to compare papers, one of MATCHES.
+    collection: collection of `task` to take annotations from; by default, all collections.
     """
     keys = paper_keys(task, match)
     queries, positives = train_positives(task, collection)

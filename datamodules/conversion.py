@@ -1,4 +1,4 @@
-"""Convert a reader's collection into the folder of store.py, once, and reuse it while its files are unchanged."""
+"""Convert a reader's collection into the format of store.py once, and reuse it while its files are unchanged."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from datamodules.store import BATCH_ROWS, FIELDS, StoredCollection, StoredDocume
 log = logging.getLogger(__name__)
 
 VERSION = 5  # version of the store's layout; collections in any other version are converted again
-PATHS = ("folder", "source", "judgements", "train", "dev", "test")  # arguments of readers that can be relative paths
+PATHS = ("folder", "source", "judgements", "train", "dev", "test")  # reader arguments that can be relative paths
 
 
 @runtime_checkable
 class FileReader(Protocol):
-    """A reader of files. The same arguments and files always give the same collection, so it can be stored."""
+    """A reader of files. The same arguments and files always give the same collection, so the result can be cached."""
 
     def sources(self) -> list[Path]:
         """Return the files to read, or an empty list if they are unknown, as for data on the Hugging Face hub."""
@@ -39,15 +39,15 @@ class FileReader(Protocol):
 
 @runtime_checkable
 class StreamingReader(FileReader, Protocol):
-    """A reader that never holds all of its data in memory."""
+    """A reader that never holds all its data in memory."""
 
     def stream(self, sink: Sink) -> None:
-        """Add all documents to the sink, then each query and its judgements."""
+        """Add all documents to the sink, then each query with its judgements."""
         ...
 
 
 def describe(reader: FileReader) -> str:
-    """Describe a reader by its class and settings, without the quarantine file. The cache's key contains it."""
+    """Describe a reader by its class and settings, except the quarantine file, for the cache key."""
     settings = {name: value for name, value in vars(reader).items() if name != "quarantine" and name[0] != "_"}
     for name, value in settings.items():
         if isinstance(value, Path) or (name in PATHS and isinstance(value, str)):
@@ -57,9 +57,9 @@ def describe(reader: FileReader) -> str:
 
 
 def stored(reader: FileReader, cache: Path) -> StoredCollection:
-    """Return the reader's collection from the cache; convert it first if needed.
+    """Return the reader's collection from the cache, after converting it if needed.
 
-    The key is the reader's description and the name, size and times of its files.
+    The cache key is the reader's description, and the name, size and times of its files.
     """
     description = describe(reader)
     key = hashlib.blake2b(digest_size=10)
@@ -103,7 +103,7 @@ def _recorded_warnings() -> Iterator[list[str]]:
 
 
 def write(stream: Callable[[Sink], None], folder: Path) -> dict[str, Any]:
-    """Write everything that a reader streams. Return its counts and fingerprint."""
+    """Write everything that a reader streams, and return the counts and the fingerprint."""
     sink = _Writer(folder)
     try:
         stream(sink)
@@ -156,7 +156,7 @@ def _equal_texts(one: Document, other: Document) -> bool:
 
 
 def _first_of_same_text(hashes: array, texts: StoredDocuments) -> np.ndarray:
-    """Return the same as examples.first_of_same_text, but keep only hashes of the texts in memory."""
+    """Like examples.first_of_same_text, but only hashes of the texts are in memory."""
     _, firsts, group = np.unique(np.frombuffer(hashes, dtype=np.int64), return_index=True, return_inverse=True)
     first = firsts[group].astype(np.int32)
     for row in np.flatnonzero(first != np.arange(len(first))).tolist():
@@ -170,8 +170,8 @@ class _Writer:
 
     documents, queries: row of each id.
     missing: negative row of each judged document that is not in the corpus: -1, -2, ...
-    blank: rows of documents and queries with neither title nor text. Rows of queries follow those of the documents.
-    hashes: hash of each document's text, valid in this process only.
+    blank: rows of documents and queries with neither title nor text. The rows of queries follow the rows of documents.
+    hashes: hash of each document's text, only valid in this process.
     """
 
     def __init__(self, folder: Path):
@@ -214,7 +214,7 @@ class _Writer:
         grades.append(whole_grade(split, query, document, grade))
 
     def document(self, id: str) -> Document:
-        self._document_file.close()  # no document comes after the first query
+        self._document_file.close()  # no documents come after the first query
         return self._corpus.row(self.documents[id])
 
     def has(self, split: str) -> bool:
@@ -231,7 +231,7 @@ class _Writer:
         repeated = np.flatnonzero(pairs[order][1:] == pairs[order][:-1])
         differ = repeated[grades[order[repeated]] != grades[order[repeated + 1]]]
         if len(differ) and self.keep_first:
-            log.warning("split %s: %d pairs have a second, different score; the first is kept", split, len(differ))
+            log.warning("split %s: %d pairs have a second, different score; keeping the first", split, len(differ))
         elif len(differ):
             first, second = order[differ[0]], order[differ[0] + 1]
             query, document = (
@@ -248,7 +248,7 @@ class _Writer:
 
 
 class _ArrowFile:
-    """Writer of documents to an Arrow file, batch by batch. kind: "documents" or "queries", for the log."""
+    """Writes documents to an Arrow file, batch by batch. kind: "documents" or "queries", for the log."""
 
     def __init__(self, path: Path, digest, kind: str):
         import pyarrow as pa

@@ -1,4 +1,4 @@
-"""The number of cores. Imports only the standard library, because `make doctor` runs without any package."""
+"""Count the cores. Imports only the standard library, because `make doctor` must run without any package."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The training examples of a task as integer arrays; an Example object exists only while it is in a batch.
+"""The training examples of a task as integer arrays. An Example object only exists while a batch is made.
 
-The integers are rows of the task's document table: the corpus and queries of its first collection, then of the
-second, and so on.
+The integers are rows of the task's document table, which has the corpus and queries of the first collection, then of
+the second, and so on.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class ExampleTable(Sequence[Example]):
         rows: np.ndarray,
         document_of_query: np.ndarray,
     ) -> ExampleTable:
-        """Group judgements by query, in the order in which the queries first appear.
+        """Group judgements by query, in order of each query's first appearance.
 
         Queries without a positive are dropped. If a pair is repeated, its highest grade counts.
 
         queries, documents, grades: query number, document row, and grade of each judgement, (j,).
-        rows: row of each query, by query number.
-        document_of_query: row of each query as a document, by query number; -1 for queries that are not documents.
+        rows: by query number, the row of the query.
+        document_of_query: by query number, the row of the query as a document, or -1 if it is not a document.
         """
         best = _highest_grades(queries, documents, grades)
         queries, documents, grades = queries[best], documents[best], grades[best]
@@ -99,7 +99,7 @@ class ExampleTable(Sequence[Example]):
         )
 
     def judged(self, chosen: np.ndarray) -> Ragged:
-        """Return the documents of each example's chosen judgements. chosen: (j,) bool."""
+        """Return, for each example, the documents of its chosen judgements. chosen: (j,) bool."""
         before = np.concatenate([[0], np.cumsum(chosen)])
         return Ragged(before[np.asarray(self.starts)], np.asarray(self.documents)[chosen])
 
@@ -132,7 +132,7 @@ class ExampleTable(Sequence[Example]):
         if kept.all():
             return self
         log.warning(
-            "ignored %d of %d judgements: they relate a paper to itself or to a paper with the same text",
+            "ignored %d of %d judgements, which relate a paper to itself or to a paper with the same text",
             len(kept) - int(kept.sum()),
             len(kept),
         )
@@ -142,7 +142,7 @@ class ExampleTable(Sequence[Example]):
         return np.repeat(np.arange(len(self)), np.diff(self.starts))
 
     def _keep(self, kept: np.ndarray) -> ExampleTable:
-        """Keep some judgements, and the examples that still have a positive. kept: (j,) bool."""
+        """Keep some judgements, and the examples that still have a positive. kept: judgements to keep, (j,) bool."""
         example, documents, grades = self._example_of_judgement(), np.asarray(self.documents), np.asarray(self.grades)
         return ExampleTable.from_judgements(
             example[kept], documents[kept], grades[kept], np.asarray(self.queries), np.asarray(self.document_of_query)
@@ -150,7 +150,7 @@ class ExampleTable(Sequence[Example]):
 
 
 def whole_grade(split: str, query: str, document: str, grade: float) -> int:
-    """Return a grade as an integer. Raises UserError for fractions: only probes can use them."""
+    """Return a grade as an integer. Raises UserError for fractions, which only probes can use."""
     if not isinstance(grade, int) and grade != int(grade):
         raise UserError(
             f"split {split}: query {query!r} and document {document!r}: grades must be whole numbers, got {grade}; a "
@@ -160,7 +160,7 @@ def whole_grade(split: str, query: str, document: str, grade: float) -> int:
 
 
 def _highest_grades(queries: np.ndarray, documents: np.ndarray, grades: np.ndarray) -> np.ndarray:
-    """Return the index of the judgement with the highest grade for each pair, in ascending order."""
+    """Return, for each pair, the index of the judgement with the highest grade. Indices are in ascending order."""
     pairs = queries.astype(np.int64) << 32 | documents
     order = np.lexsort((-grades, pairs))
     first = np.ones(len(order), dtype=bool)
@@ -169,7 +169,7 @@ def _highest_grades(queries: np.ndarray, documents: np.ndarray, grades: np.ndarr
 
 
 def first_of_same_text(documents: Sequence[Document]) -> np.ndarray:
-    """Return, for each document, the row of the first document with the same title and text, (M,) int32."""
+    """Return the row of the first document with the same title and text, for each document, (M,) int32."""
     first: dict[tuple[str, str], int] = {}
     rows = (first.setdefault((d.title, d.text), row) for row, d in enumerate(documents))
     return np.fromiter(rows, dtype=np.int32, count=len(documents))
@@ -210,7 +210,7 @@ class Joined(Sequence[Item]):
         return self._parts[number][inside]
 
     def part_of(self, rows: np.ndarray) -> tuple[Sequence[Item] | None, np.ndarray]:
-        """Return the sequence that has all the rows (None if no single one does), and their positions in it."""
+        """Return the one sequence that has all the rows, or None, and the rows' positions in it."""
         if len(rows):
             number, _ = self._locate(int(rows.min()))
             start = self._ends[number - 1] if number else 0
@@ -219,14 +219,14 @@ class Joined(Sequence[Item]):
         return None, rows
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Return the number of the sequence that has an item, and the item's index in it."""
+        """Return the number of an item's sequence, and the item's index in that sequence."""
         index = range(len(self))[index]
         number = bisect.bisect_right(self._ends, index)
         return number, index - (self._ends[number - 1] if number else 0)
 
 
 class JoinedExamples(Joined[Example]):
-    """The examples of a task: one table per collection, each with the row at which its documents start."""
+    """The examples of a task: one table per collection, with the first row of its documents."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -261,7 +261,7 @@ class JoinedExamples(Joined[Example]):
         )
 
     def query_rows(self) -> Iterator[int]:
-        """Yield the row of each example's query."""
+        """Yield the query's row of each example."""
         for table, offset in self.parts:
             yield from (np.asarray(table.queries) + offset).tolist()
 
@@ -273,14 +273,14 @@ class JoinedExamples(Joined[Example]):
 def rows_of_queries(
     numbers: np.ndarray, num_documents: int, same_id: np.ndarray, same_text: np.ndarray, queries_are_documents: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return two rows for each query, (n,) int32 each: the row of its text, and the row of its document or -1.
+    """Return two rows per query, (n,) int32 each: the row of its text, and the row of its document or -1.
 
-    A query's document is the one with its id, if queries are documents. If both have the same text, the two rows are
-    equal. Otherwise, the query's text has a row after the documents.
+    If queries are documents, a query's document is the one with the same id. If the query and its document have the
+    same text, the two rows are equal. Otherwise, the query's text has a row after the documents.
 
     numbers: index of each query in the collection.
-    same_id: for each query, the document with its id (the first copy of it, if there are several), or -1.
-    same_text: whether that document has the query's text too.
+    same_id: for each query, the document with the same id (the first copy, if there are several), or -1.
+    same_text: whether that document also has the query's text.
     """
     if not queries_are_documents:
         return (numbers + num_documents).astype(np.int32), np.full(len(numbers), -1, dtype=np.int32)
@@ -290,10 +290,10 @@ def rows_of_queries(
 
 
 def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list[Sequence[Document]], ExampleTable]:
-    """Return a collection's documents (corpus, then queries), and its training examples as rows of these documents.
+    """Return a collection's documents (corpus, then queries), and its training examples as rows of those documents.
 
-    In training, documents with the same text count as one, so that no copy of a positive is a negative. Judgements of
-    documents outside the corpus are left out.
+    In training, documents with the same text count as one document, so that a copy of a positive is never a negative.
+    Judgements of documents outside the corpus are left out.
     """
     corpus = {id: row for row, id in enumerate(collection.corpus)}
     queries = {id: number for number, id in enumerate(collection.queries)}
@@ -307,7 +307,7 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
     for query, grades in collection.qrels.get("train", {}).items():
         for document, grade in grades.items():
             if query not in queries:
-                raise UserError(f"split train: the judgements contain a query {query!r} that is not in the collection")
+                raise UserError(f"split train: the judgements contain query {query!r}, which is not in the collection")
             if document in corpus:
                 judgements.append((queries[query], corpus[document], whole_grade("train", query, document, grade)))
     example, judged, values = np.array(judgements, dtype=np.int64).reshape(-1, 3).T

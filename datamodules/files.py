@@ -1,4 +1,4 @@
-"""Write files and folders atomically: a killed process never leaves a half-written one under its final name."""
+"""Write files and folders atomically: a killed process never leaves a half-written file under its final name."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ import numpy as np
 
 from datamodules.records import UserError, reason, short
 
-PARTIAL = ".partial"  # ends the name of a temporary folder
+PARTIAL = ".partial"  # suffix of temporary folders
 
-# Names of types in messages.
+# Type -> its name in messages.
 JSON_TYPES: dict[type, str] = {
     dict: "an object",
     list: "a list",
@@ -53,9 +53,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 def open_new(path: Path, keep: bool = False, buffering: int = -1) -> BinaryIO:
     """Open a file for writing, but never write through a link or a pipe.
 
-    In a shared folder, another user may have put one there. It is deleted, not followed.
+    In a shared folder, another user may have put a link there. It is deleted instead.
 
-    keep: whether to append to an existing regular file. Otherwise, start with an empty file.
+    keep: whether to append to an existing regular file; otherwise, start with an empty file.
     buffering: as in open().
     """
     with contextlib.suppress(FileNotFoundError):
@@ -70,7 +70,7 @@ def open_new(path: Path, keep: bool = False, buffering: int = -1) -> BinaryIO:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Create a temporary folder to fill, and move it to path once it is complete. On an error, delete it.
 
-    path: new folder, or an existing one to replace. Its parent is created if needed.
+    path: new folder, or existing folder to replace. The parent is created if needed.
     """
     path = path.resolve()  # if it is a link, replace its target and keep the link
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def _locked_folder(path: Path) -> tuple[Path, int]:
-    """Create a temporary folder for path, and lock it. If another process removes it in between, try again."""
+    """Create a temporary folder for path, and lock it. Tries again if another process removes it in between."""
     while True:
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=PARTIAL, dir=path.parent))
         with contextlib.suppress(FileNotFoundError):
@@ -110,14 +110,14 @@ def _locked_folder(path: Path) -> tuple[Path, int]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove the temporary folders that killed processes left behind. Live processes have theirs locked.
+    """Remove the temporary folders that killed processes left behind. Running processes lock theirs.
 
-    The previous version of a folder (.old) is removed only if the new version is in place.
+    The previous version of a folder (.old) is only removed if the new version is in place.
     """
     for leftover in path.parent.glob(f".{glob.escape(path.name)}-????????{PARTIAL}*"):
         if leftover.suffix == ".old" and not path.exists():
             continue
-        with contextlib.suppress(OSError):  # it is in use, or the file system has no locks
+        with contextlib.suppress(OSError):  # the folder is in use, or the file system has no locks
             lock = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,7 +138,7 @@ def write_json(path: Path, content: Any, **options: Any) -> None:
 
 
 def append_lines(path: Path, text: str) -> None:
-    """Append whole lines to a file. If a kill has cut off the last line, end it first. On OSError, append nothing."""
+    """Append whole lines to a file. If a kill cut off the last line, end it first. On OSError, append nothing."""
     content = text.encode()
     with open(path, "ab+", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
@@ -156,7 +156,7 @@ def append_lines(path: Path, text: str) -> None:
 def expanded(path: str | Path, key: str, advice: str = "") -> Path:
     """Return a path with ~ replaced by the home folder.
 
-    key: setting that the path comes from, for the error.
+    key: setting with the path, for the error.
     advice: alternative to naming a folder, for the error.
     Raises UserError if the user has no home folder.
     """
@@ -183,12 +183,12 @@ def regular(path: Path, longest: int | None = None) -> Path:
     return path
 
 
-# Errors that numpy raises for damaged array headers, in addition to OSError and ValueError.
+# Errors that numpy raises for damaged array headers, besides OSError and ValueError.
 ARRAY_ERRORS = (EOFError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError, tokenize.TokenError)
 
 
 def file_state(path: Path) -> str:
-    """Return a string that changes when a file is moved, replaced or written again."""
+    """Return a string that changes whenever a file is moved, replaced or written again."""
     status = path.stat()
     return repr((str(path.resolve()), status.st_size, status.st_mtime_ns, status.st_ctime_ns))
 
@@ -205,7 +205,7 @@ def load_array(path: Path, mode: Literal["r", "c"] = "r") -> np.memmap:
 
 
 def read_regular(path: Path, longest: int | None = None) -> str:
-    """Return the text of a file. Raises OSError as regular() does."""
+    """Return the text of a file. Raises OSError like regular()."""
     return regular(path, longest).read_text(encoding="utf-8")
 
 
@@ -228,9 +228,9 @@ def read_json(path: Path, expected: type | Mapping[str, type] = dict, hint: str 
 
 @contextmanager
 def damage_explained(path: Path, content: str, hint: str = RECREATED) -> Iterator[None]:
-    """Turn the errors of reading keys from damaged content into a UserError.
+    """Turn errors from reading keys of damaged content into a UserError.
 
-    content: what the file should hold, such as "a manifest of a run". hint: what to do about a damaged file.
+    content: what the file should contain, such as "a manifest of a run". hint: advice on a damaged file.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Mined hard negatives on disk, and the batches that draw from them.
+"""Store mined hard negatives on disk, and draw from them in batches.
 
 A store has the negatives of one mining run, for one or more tasks:
 
@@ -6,8 +6,8 @@ A store has the negatives of one mining run, for one or more tasks:
     FOLDER/TASK.labels.npy                             the judge's decision on each negative, if there is a judge
     FOLDER/meta.json                                   see write_store
 
-A round is a store and the first batch that draws from it. Rounds start at batches that are known in advance, so all
-workers and ranks switch at the same batch, and a batch is a pure function of seed, step and rounds.
+A round is a store, and the first batch that draws from it. Rounds start at batches that are known in advance, so all
+workers and ranks switch at the same batch, and each batch is a pure function of seed, step and rounds.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ VERSION = 1  # version of the layout
 ARRAYS = ("starts", "documents", "ranks", "scores", "labels")
 SOURCES = ("mined", "data", "both")  # values of Rounds.source
 
-# (index of an example, example, step) -> the example with the positives and hard negatives to draw from in that step
+# (index of an example, example, step) -> the example with the positives and hard negatives to draw from in this step
 ExampleAt = Callable[[int, Example, int], Example]
 
 
 def write_store(path: Path, mined: Mapping[str, MinedNegatives], meta: Mapping[str, Any]) -> HardNegativeStore:
-    """Write mined hard negatives, completely or not at all. Replace an existing store, even a damaged one.
+    """Write mined hard negatives atomically. Replaces an existing store, even a damaged one.
 
     meta: description of the mining: "miner" (class and arguments), "model" (fingerprint, or None), "data"
         (fingerprints of each task's collections), "step", "k" and any other entries. This function adds the version of
@@ -66,7 +66,7 @@ def check_replaceable(path: Path) -> None:
     files = re.compile(rf"meta\.json|\.?report\.json|report\.svg|.+\.({'|'.join(ARRAYS)})\.npy")
     is_store = path.is_dir() and all(files.fullmatch(file.name) for file in path.iterdir())
     if path.is_symlink() or (path.exists() and not is_store):
-        raise UserError(f"{path}: is not a store of hard negatives and will not be replaced; name another folder")
+        raise UserError(f"{path}: is not a store of hard negatives, so it will not be replaced; name another folder")
 
 
 def hash_arrays(mined: Mapping[str, MinedNegatives]) -> str:
@@ -111,21 +111,21 @@ class HardNegativeStore:
     def _load(self, task: str) -> MinedNegatives:
         check_name("task", task)
         paths = {name: self.path / f"{task}.{name}.npy" for name in ARRAYS}
-        if not paths["labels"].exists():  # no judge; the hash reveals a lost file
+        if not paths["labels"].exists():  # there was no judge; if the file was lost, the hash will show it
             del paths["labels"]
         arrays = {name: load_array(path) for name, path in paths.items()}
         return MinedNegatives(**arrays, removed=self.meta["tasks"][task]["taken"])
 
-    def __getstate__(self) -> Path:  # workers map the files themselves
+    def __getstate__(self) -> Path:  # workers map the files by themselves
         return self.path
 
     def __setstate__(self, path: Path) -> None:
         HardNegativeStore.__init__(self, path, verify=False)  # verified before the worker started
 
     def negatives_of(self, task: str, example: int, label: int = KEEP) -> list[int]:
-        """Return the rows of an example's hard negatives, best first; [] if the task was not mined.
+        """Return the rows of an example's hard negatives, best first, or [] if the task was not mined.
 
-        label: decision of the judge. DROP and POSITIVE return the documents that it dropped or turned into positives.
+        label: decision of the judge. DROP and POSITIVE return the documents that the judge dropped or made positives.
         """
         if task not in self.tasks:
             return []
@@ -136,7 +136,7 @@ class HardNegativeStore:
         return mined.documents[rows][mined.labels[rows] == label].tolist()
 
     def check(self, data: Mapping[str, Mapping[str, str]]) -> None:
-        """Raise UserError unless the negatives were mined from this data. Tasks that are only in the store are ignored.
+        """Raise UserError if the negatives were mined from other data. Tasks that are only in the store are ignored.
 
         data: fingerprints of each task's collections, in order.
         """
@@ -158,7 +158,7 @@ class HardNegativeStore:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """A store, and the batches that draw from it.
+    """A store, and the first batch that draws from it.
 
     batch: first batch that draws from the store.
     store: folder of the store, relative to Rounds.folder or absolute.
@@ -175,8 +175,8 @@ class Rounds:
     """The stores of mined hard negatives, and the batches that use each of them.
 
     folder: folder for stores mined during training.
-    source: "mined" uses an example's mined negatives, or its negatives in the data if none were mined; "data" uses
-        only the negatives in the data; "both" uses all.
+    source: "mined" uses an example's mined negatives, or its negatives in the data if none were mined. "data" only uses
+        the negatives in the data. "both" uses all.
     data: fingerprints of the training data. A store mined from different data is rejected.
     """
 
@@ -205,7 +205,7 @@ class Rounds:
         return any(r.batch == batch for r in self._rounds)
 
     def begin(self, batch: int, store: str) -> None:
-        """Use a store from a batch onwards. store: its name in the folder, or its path.
+        """Use a store from a batch onwards. store: name of a store in the folder, or a path.
 
         Raises UserError if the store is missing, damaged or mined from different data.
         """
@@ -279,7 +279,9 @@ class Rounds:
 
         Raises UserError if the store for this position is missing or damaged, or is a different one.
         """
-        initial = next((r for r in self._rounds if r.batch == 0), None)  # mined in advance; its folder may have moved
+        initial = next(
+            (r for r in self._rounds if r.batch == 0), None
+        )  # mined before training; the folder may have moved
         rounds = [Round(**r) for r in state]
         if initial is not None:
             if not rounds or rounds[0].batch != 0 or rounds[0].hash != initial.hash:

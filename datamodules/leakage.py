@@ -23,7 +23,7 @@ WAYS = ("id", "title", "text")
 RUN = 3  # words in a shingle
 # Probability that texts share a band of 5 hashes: 0.97 at similarity 0.7, 0.05 at similarity 0.3.
 BANDS, BAND_SIZE = 20, 5
-THRESHOLD = 0.7  # two texts of at least this similarity count as the same
+THRESHOLD = 0.7  # texts with at least this similarity count as the same
 MIN_WORDS = 8  # shorter texts have too few shingles
 MIN_TITLE = 3  # words; shorter titles, such as "Introduction", are not specific enough
 
@@ -54,7 +54,7 @@ def normal(text: str) -> str:
 
 
 def _short_query(document: Document) -> str:
-    """Return the normalised text of a document without a title, or "" if it has one, to compare short queries."""
+    """To compare short queries, return the normalised text of a document without a title, or "" if it has a title."""
     return "" if document.title else normal(document.text)
 
 
@@ -84,7 +84,7 @@ def similarity(a: np.ndarray, b: np.ndarray) -> float:
 
 
 class Index:
-    """Index of the evaluated documents. Training documents, possibly very many, are looked up one at a time."""
+    """Index of the evaluation documents. Training documents, of which there may be many, are looked up one by one."""
 
     def __init__(self) -> None:
         self.documents: list[tuple[str, Document]] = []
@@ -95,7 +95,7 @@ class Index:
         self._bands: dict[bytes, list[int]] = defaultdict(list)
 
     def add(self, name: str, documents: Iterable[Document], ways: Sequence[str] = WAYS) -> None:
-        """Add a set of evaluated documents. ways: how to compare them."""
+        """Add a set of evaluation documents. ways: matching methods."""
         self.ways[name] = ways
         for document in documents:
             number = len(self.documents)
@@ -112,7 +112,7 @@ class Index:
                 self._short[words].append(number)
 
     def overlaps(self, trained: Document) -> Iterator[Overlap]:
-        """Yield the evaluated documents that match a training document, each at most once per way."""
+        """Yield the evaluation documents that match a training document, each at most once per method."""
         for way, numbers in (("id", self._ids.get(trained.id)), ("title", self._titles.get(normal(trained.title)))):
             for number in numbers or ():
                 yield Overlap(way, *self.documents[number], trained, 1.0)

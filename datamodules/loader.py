@@ -1,4 +1,4 @@
-"""A loader of batches that resumes at any step, and its worker processes."""
+"""A batch loader that can resume at any step, and its worker processes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from datamodules.hard_negatives import Rounds
 from datamodules.packed import ContrastiveBatch
 from datamodules.records import UserError
 
-MAX_WORKERS = 4  # per rank, unless the user asks for more
+MAX_WORKERS = 4  # maximum per rank, unless the user asks for more
 
 
 def _ignore_signals(worker: int) -> None:
-    """Let a worker ignore signals to its process group, so that the training process can finish its last step.
+    """Let a worker ignore signals to the process group, so that the training process can finish its last step.
 
     Workers end when the training process shuts them down or dies.
     """
@@ -27,9 +27,9 @@ def _ignore_signals(worker: int) -> None:
 
 
 def default_num_workers(on_gpu: bool, num_ranks: int) -> int:
-    """Return the number of worker processes of each rank: one for each spare core, at most MAX_WORKERS.
+    """Return the number of worker processes per rank: one per spare core, at most MAX_WORKERS.
 
-    Without a GPU, it is 0, because workers would take cores from the model.
+    Without a GPU, this is 0, because workers would take cores from the model.
 
     num_ranks: number of ranks that share the cores of this machine.
     """
@@ -41,16 +41,16 @@ def default_num_workers(on_gpu: bool, num_ranks: int) -> int:
 class ResumableLoader:
     """Iterate over the batches from the current position to num_batches.
 
-    It is a plain iterable and not a DataLoader, so Lightning does not replace its sampler under DDP and stores its
+    This is a plain iterable, not a DataLoader, so that Lightning does not replace the sampler under DDP, and stores the
     state in every checkpoint. (torchdata's StatefulDataLoader skips an epoch on resuming.) The state is one integer,
     the same on all ranks, and the rounds of hard negatives.
 
     signature: everything that determines the batches, except the step. A state with a different signature is rejected.
-    rounds: mined hard negatives. Workers stop before the next batch at which a round may start, and new workers, which
-        see the new round, take over.
+    rounds: mined hard negatives. Workers stop before the next batch at which a round may start. New workers, which see
+        the new round, then take over.
     pin_memory: whether batches are in pinned memory.
 
-    asked_at: time of the last request for a batch, in seconds of time.perf_counter.
+    asked_at: time of the last request for a batch, in seconds (time.perf_counter).
     waited: total seconds between requesting batches and getting them.
     """
 
@@ -89,7 +89,7 @@ class ResumableLoader:
                 yield batch
 
     def _timed(self, loader: DataLoader) -> Iterator[ContrastiveBatch]:
-        """Yield the batches of a loader, and add up the waiting time, including the start of the workers."""
+        """Yield the batches of a loader, and add up the waiting time, including the start of workers."""
         batches = None
         while True:
             self.asked_at = time.perf_counter()

@@ -1,8 +1,7 @@
-"""Locks on files. The system releases them when the process ends, however it ends, so no lock is ever stale.
+"""Locks on files. The system releases a lock whenever its process ends, so locks are never stale.
 
-This is `flock` from the standard library, not the filelock package: a sweep hands the lock on a trial down to the
-trial's process, which filelock cannot do, and where a file system has no locks, filelock leaves a file behind after a
-kill.
+This uses `flock` from the standard library, not the package filelock. A sweep passes a trial's lock to the trial's
+process, which filelock cannot do. On a file system without locks, filelock leaves a file behind after a kill.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ def lock_file(path: Path, wait: bool = True) -> IO[str] | None:
 
     wait: whether to wait if another process holds the lock. If not, return None.
 
-    A lock belongs to the file itself (its inode), so it holds under every name of the file: through links, bind mounts
-    and different spellings of its path. On a file system without locks, log a warning and return the file unlocked.
+    A lock belongs to the file itself (its inode), so it holds under every path to the file: links, bind mounts and
+    different spellings. On a file system without locks, log a warning and return the file unlocked.
     Raises OSError if the file cannot be written, and UserError if the path is a link or not a regular file.
     """
     while True:
@@ -42,11 +41,11 @@ def lock_file(path: Path, wait: bool = True) -> IO[str] | None:
             if error.errno not in NO_LOCKS:
                 file.close()
                 raise
-            log.warning("%s: no locks on this file system (%s); run one job at a time here", path, error.strerror)
+            log.warning("%s: this file system has no locks (%s); run only one job at a time here", path, error.strerror)
             return file
         if _is_at(file, path):
             return file
-        file.close()  # the process that held the lock removed the file while we waited
+        file.close()  # the process with the lock removed the file while we waited
 
 
 def is_locked(path: Path) -> bool:
@@ -56,22 +55,22 @@ def is_locked(path: Path) -> bool:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except (OSError, UserError):  # no such file, not a lock, or no locks on this file system
+    except (OSError, UserError):  # no such file, not a regular file, or no locks on this file system
         pass
     return False
 
 
 def _open(path: Path, flags: int, mode: str) -> IO[str]:
-    """Open the file of a lock. Raises UserError if it is not a regular file: somebody may have put a link there."""
+    """Open a lock file. Raises UserError if it is not a regular file, because somebody may have put a link there."""
     try:
         number = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # a pipe must not block
     except OSError as error:
         if path.is_symlink():
-            raise UserError(f"{path}: is a symbolic link, but locks never follow links; delete it") from error
+            raise UserError(f"{path}: is a symbolic link, which a lock must not follow; delete it") from error
         raise
     if not stat.S_ISREG(os.fstat(number).st_mode):
         os.close(number)
-        raise UserError(f"{path}: expected a regular file to lock; delete it")
+        raise UserError(f"{path}: is not a regular file, so it cannot be locked; delete it")
     return os.fdopen(number, mode, encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Fields of option dataclasses: each has a default, one line of help, and bounds that are checked."""
+"""Fields of option dataclasses, with a default, one line of help, and bounds."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def option(
     key: str = "",
     positional: bool = False,
 ) -> Any:
-    """Return a dataclass field with its documentation and its bounds.
+    """Return a dataclass field with documentation and bounds.
 
-    default: value if the user gives none. Lists and dictionaries are copied for each instance.
+    default: value if the user sets none. Lists and dictionaries are copied for each instance.
     help: one line for --help and for the reference of all keys.
     minimum, maximum: inclusive bounds. above, below: exclusive bounds.
     choices: allowed values, or allowed items of a list. A Literal type does not need them.
     key: name on the command line, by default the name of the field.
-    positional: whether the value is the command's first argument instead of key=value, or, for a tuple, all arguments
+    positional: whether the value is the command's first argument instead of key=value. For a tuple, it is all arguments
         without =.
     """
     bounds = {"minimum": minimum, "above": above, "maximum": maximum, "below": below}
@@ -52,7 +52,7 @@ def option_key(field: dataclasses.Field) -> str:
 
 
 def check_options(options: Any, prefix: str = "") -> None:
-    """Raise UserError for a value outside its bounds or choices, in this dataclass and those inside it.
+    """Raise UserError if a value of this dataclass, or of one inside it, is outside its bounds or choices.
 
     prefix: path of the dataclass in a configuration, such as "data.", for the message.
     """
@@ -74,7 +74,7 @@ def check_options(options: Any, prefix: str = "") -> None:
 
 
 def _check_items(key: str, value: Any, hint: Any) -> None:
-    """Raise UserError for an item of the wrong type: OmegaConf accepts lists and mappings as texts and numbers."""
+    """Raise UserError for an item of the wrong type: OmegaConf would accept lists and mappings as texts and numbers."""
     if get_origin(hint) not in (list, tuple, dict):
         return
     collection, item_hint = ("mapping", get_args(hint)[-1]) if get_origin(hint) is dict else ("list", get_args(hint)[0])
@@ -86,7 +86,7 @@ def _check_items(key: str, value: Any, hint: Any) -> None:
 
 
 def check_number(name: str, value: float, **bounds: float) -> None:
-    """Raise UserError for an argument outside its bounds. bounds: minimum, above, maximum and below, as in option."""
+    """Raise UserError if an argument is outside its bounds. bounds: minimum, above, maximum and below, as in option."""
     if not _within(value, bounds):
         raise UserError(f"{name}: expected {_in_words(bounds)}, got {value!r}")
 
@@ -119,7 +119,7 @@ def _in_words(bounds: Mapping[str, float]) -> str:
 
 
 def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yield a value, or the items of a collection, with their paths. None means the default and is skipped."""
+    """Yield a value, or the items of a collection, with its path. None means the default, and is skipped."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             yield from _leaves(item, f"{path}.{name}")

@@ -1,4 +1,4 @@
-"""Texts as packed token ids, and the batch of a training step."""
+"""Packed token ids of texts, and the batch of a training step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from datamodules.records import Document
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids of b texts, end to end and without padding.
+    """Token ids of b texts, concatenated without padding.
 
     input_ids    (T,) int64
     offsets      (b + 1,) int32, start of each text, and T
@@ -36,7 +36,7 @@ class Tokens:
 
     @classmethod
     def pack(cls, texts: Iterable[Sequence[int] | np.ndarray]) -> Tokens:
-        """Return the token ids of some texts."""
+        """Pack the token ids of some texts."""
         arrays = [np.asarray(ids, dtype=np.int64) for ids in texts]
         lengths = tuple(len(ids) for ids in arrays)
         ids = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
@@ -44,7 +44,7 @@ class Tokens:
 
     @classmethod
     def from_padded(cls, input_ids: Tensor, attention_mask: Tensor) -> Tokens:
-        """Return the token ids of padded texts. input_ids, attention_mask: (b, S), as tokenizers return them."""
+        """Pack padded texts. input_ids, attention_mask: (b, S), as tokenizers return them."""
         lengths = tuple(attention_mask.sum(1).tolist())
         ids = input_ids[attention_mask.bool()]
         keys = tuple(map(token_hash, np.split(ids.cpu().numpy(), np.cumsum(lengths)[:-1])))
@@ -63,7 +63,7 @@ class Tokens:
 
     @cached_property
     def runs(self) -> list[tuple[int, int]]:
-        """Runs of neighbouring texts of equal length, as pairs: number of texts, and their length."""
+        """Runs of neighbouring texts of equal length, as pairs (number of texts, length)."""
         return [(len(list(run)), length) for length, run in itertools.groupby(self.lengths)]
 
     def positions(self) -> Tensor:
@@ -71,7 +71,7 @@ class Tokens:
         return torch.arange(self.num_tokens, device=self.offsets.device) - self.spread(self.offsets[:-1])
 
     def spread(self, values: Tensor) -> Tensor:
-        """Give each token the value of its text. values: (b, ...); shape of the result: (T, ...)."""
+        """Repeat each text's value for all its tokens. values: (b, ...); shape of the result: (T, ...)."""
         return values.repeat_interleave(self.offsets.diff(), dim=0, output_size=self.num_tokens)
 
     def select(self, texts: Sequence[int]) -> Tokens:
@@ -83,9 +83,9 @@ class Tokens:
         return Tokens(self.input_ids[rows], offsets_of(lengths).to(self.input_ids.device), lengths, keys)
 
     def fill(self, num_texts: int, num_tokens: int, longest: int) -> Tokens:
-        """Append filler texts, one of them of `longest` tokens, so that all batches have the same shape.
+        """Append filler texts, one of them with `longest` tokens, so that all batches have the same shape.
 
-        num_texts, num_tokens: numbers of texts and tokens of the result. They must leave room for fillers.
+        num_texts, num_tokens: number of texts and tokens of the result. They must leave room for fillers.
         """
         count, rest = num_texts - len(self), num_tokens - self.num_tokens
         assert longest + count - 1 <= rest <= count * longest, "no fillers fit"
@@ -116,10 +116,10 @@ def token_hash(ids: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Companion:
-    """Extra texts that are encoded along with a batch, for an additional loss.
+    """Extra texts to encode along with a batch, for an additional loss.
 
-    task     task whose prompt and expert encode them
-    seed     seed of their dropout
+    task     task whose prompt and expert encode the texts
+    seed     seed of the texts' dropout
     chunks   token ids of the distinct texts, as in a batch
     index    (n,) position of each text among the distinct ones
     rows     (n,) row of each text in the document table that it comes from
@@ -136,7 +136,7 @@ class Companion:
 
 @dataclass
 class ContrastiveBatch:
-    """B queries of one task, and the M documents they are compared with. Each distinct text is encoded once.
+    """A batch of B queries of one task and M documents to compare them with. Each distinct text is encoded once.
 
     The U distinct texts are in chunks, shortest first. The embeddings of all chunks, concatenated, have shape (U, D).
 

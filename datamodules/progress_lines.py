@@ -1,4 +1,4 @@
-"""Progress of a long step in a log: a line every 30 seconds."""
+"""Log the progress of a long step, with a line every 30 seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ EVERY = 30  # seconds between two lines
 class ProgressLines:
     """Log the progress of a step, unless it ends within EVERY seconds.
 
-    title: name of the step. unit: counted things, in the plural. total: expected count, if known.
+    title: name of the step.
+    unit: unit of the count, in the plural.
+    total: expected count, if known.
     """
 
     def __init__(self, title: str, unit: str, total: int | None = None):

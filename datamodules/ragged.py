@@ -11,7 +11,7 @@ import numpy as np
 class Ragged(NamedTuple):
     """Lists of integers of different lengths in two arrays: list i is values[starts[i] : starts[i + 1]].
 
-    starts: (n + 1,) int64. values: (j,) int32, or int64.
+    starts: (n + 1,) int64. values: (j,) int32 or int64.
     """
 
     starts: np.ndarray
@@ -30,7 +30,7 @@ class Ragged(NamedTuple):
 
     @classmethod
     def empty(cls, num_lists: int) -> Ragged:
-        """Return a number of empty lists."""
+        """Return `num_lists` empty lists."""
         return cls(np.zeros(num_lists + 1, dtype=np.int64), np.zeros(0, dtype=np.int32))
 
     @property
@@ -40,16 +40,16 @@ class Ragged(NamedTuple):
 
     @property
     def owners(self) -> np.ndarray:
-        """Number of the list that each value is in, (j,)."""
+        """Index of the list that each value is in, (j,)."""
         return np.arange(len(self.starts) - 1).repeat(self.counts)
 
     @property
     def positions(self) -> np.ndarray:
-        """Position of each value in its list, (j,)."""
+        """Position of each value within its list, (j,)."""
         return np.arange(self.starts[-1]) - self.starts[:-1].repeat(self.counts)
 
     def take(self, indices: np.ndarray) -> Ragged:
-        """Return the lists at some indices, (n,); an empty list for -1."""
+        """Return the lists at some indices, (n,). Index -1 gives an empty list."""
         counts = np.append(self.counts, 0)[indices]
         taken = Ragged.of_counts(counts, self.values)
         return taken._replace(values=self.values[self.starts[indices].repeat(counts) + taken.positions])

@@ -1,7 +1,7 @@
 """The vocabulary of the data: document, example, task, collection, benchmark.
 
-The words are those of TREC and BEIR. Labels and queries are documents too, so one encoder and one code path serve all
-tasks. A label has its name as title and its definition as text; a query has only a text.
+The terms are those of TREC and BEIR. Labels and queries are documents too, so one encoder and one code path serve all
+tasks. A label's title is its name, and its text is its definition. A query only has a text.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class UserError(ValueError):
 
 @contextmanager
 def prefixed(prefix: str) -> Iterator[None]:
-    """Put a key or a file before the messages of errors raised inside."""
+    """Put a key or a file before the messages of errors that are raised inside."""
     try:
         yield
     except UserError as error:
@@ -33,7 +33,7 @@ def prefixed(prefix: str) -> Iterator[None]:
 
 @contextmanager
 def explained(problem: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn errors of some kinds, by default OSError, into UserErrors: the problem, then the error in parentheses."""
+    """Turn errors of some types, by default OSError, into UserErrors: the problem, then the error in parentheses."""
     kinds = kinds or (OSError,)
     try:
         yield
@@ -50,7 +50,7 @@ def changes(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def reason(error: Exception) -> str:
     """Return the first line of an error message, or the error's class if the message is empty."""
     text = str(error).strip()
-    if "weights_only" in text:  # torch's message advises running the code in the file
+    if "weights_only" in text:  # because torch's message recommends running the code in the file
         return "it contains more than tensors and plain containers, or is damaged; no code in it was run"
     if isinstance(error, KeyError):
         return f"{text} is missing"
@@ -66,13 +66,13 @@ def short(value: object) -> str:
     return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 3] + "..."
 
 
-LONGEST_NAME = 120  # bytes; a file is named after up to two of them, and most file systems allow 255 bytes
+LONGEST_NAME = 120  # bytes; file names contain up to two names, and most file systems allow 255 bytes
 # Hidden files, paths, leading and trailing spaces, and the device names of Windows.
 NO_NAME = re.compile(r"^\.|[/\\]|^\s|\s$|^$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 
 def check_name(what: str, name: object) -> None:
-    """Raise UserError if files cannot be named after a task, expert, collection, split, benchmark or system.
+    """Raise UserError unless files can be named after this task, expert, collection, split, benchmark or system.
 
     Such names come from checkpoints, downloaded folders, data and the command line. This check ensures that files named
     after them stay inside their folder.
@@ -104,7 +104,8 @@ def is_in(module: str, packages: Sequence[str]) -> bool:
     return any(module == package or module.startswith(f"{package}.") for package in packages if package)
 
 
-# Query id -> document id -> grade. A grade above 0 means relevant. A probe that predicts numbers allows any number.
+# Query id -> document id -> grade. Grades above 0 mean relevant. For a probe that predicts numbers, a grade is any
+# number.
 Qrels = Mapping[str, Mapping[str, int]]
 
 
@@ -118,7 +119,7 @@ class Document:
 
     @property
     def is_blank(self) -> bool:
-        """Whether it has neither title nor text. Evaluations never retrieve such a document."""
+        """Whether title and text are both blank. Evaluations never retrieve such a document."""
         return not (self.title.strip() or self.text.strip())
 
 
@@ -127,7 +128,8 @@ class Example:
     """A training example: a query with its documents, as rows of its task's document table.
 
     grades: grade of each positive; positives are sampled in proportion to their grades.
-    not_negatives: rows that must not serve as negatives of the query: its positives, and the query if it is a document.
+    not_negatives: rows that must not be negatives of the query: its positives, and the query itself if it is a
+        document.
     """
 
     query: int
@@ -141,7 +143,7 @@ class Example:
 class Task:
     """A task of the encoder.
 
-    expert: name of the expert that serves the task; by default the task's name.
+    expert: name of the expert that serves the task, by default the task's name.
     instruction: text that precedes the task's inputs in instruction-tuned encoders (SciMult paper, table 1).
     """
 
@@ -160,8 +162,8 @@ class Collection:
     """A corpus with queries and relevance judgements, as a reader returns it.
 
     qrels: judgements of each split ("train", "dev", "test"). Grade 0 means "judged and not relevant"; in the train
-    split, such a document is a hard negative. A judged document may be missing from the corpus, or have no text: then
-    evaluations never retrieve it, and training leaves it out.
+    split, such a document is a hard negative. A judged document may be missing from the corpus, or have no text.
+    Evaluations never retrieve such a document, and training leaves it out.
     """
 
     corpus: Mapping[str, Document]
@@ -212,10 +214,10 @@ class CollectionWriter(Protocol):
 
 
 class Sink(CollectionWriter, Protocol):
-    """Receiver of the documents and judgements of a streaming reader, which can look up what it has added.
+    """Receiver of a streaming reader's documents and judgements. The reader can look up what it has added.
 
     documents, queries: ids received so far.
-    keep_first: whether to keep the first of two conflicting grades of a pair; otherwise, the second raises UserError.
+    keep_first: whether to keep the first of two conflicting grades for a pair; otherwise, the second raises UserError.
         A second document or query with the same id always raises UserError.
     """
 
@@ -237,7 +239,7 @@ class Sink(CollectionWriter, Protocol):
 
 
 def plain_protocol(name: str, split: str, exclude_query: bool) -> str:
-    """Return the protocol id for ranking the whole corpus for each query of a split."""
+    """Return the protocol id for ranking the whole corpus for all queries of a split."""
     return f"{name}/{split}" + ("/without-own" if exclude_query else "")
 
 
@@ -255,8 +257,8 @@ class Probe:
         of the corpus. For numbers, the corpus has a single document, and its grade is the paper's number.
     loss: loss of a classifier. Regression always uses the absolute error.
     costs: values of the regularisation parameter C; three-fold cross-validation chooses one.
-    samples: number of training papers (for "labels": per label) in few-shot learning; 0 uses all papers.
-    draws: number of random draws of the training papers in few-shot learning; results are means over draws.
+    samples: in few-shot learning, number of training papers (for "labels", per label); 0 uses all papers.
+    draws: in few-shot learning, number of random draws of the training papers. Results are means over draws.
     """
 
     learns: str = "class"
@@ -273,15 +275,15 @@ class Benchmark:
     split: split of the collection; names of merged splits are joined by "+".
     protocol: id of all settings below. Scores with different ids are not comparable.
     metrics: metrics of this benchmark, the main metric first; if empty, the run's metrics.
-    exclude_query: whether to leave the document with the query's id out of its ranking, for papers that are both
+    exclude_query: whether to leave the document with the query's id out of the ranking, for papers that are both
         queries and documents.
     candidates: documents to rank for each query; None ranks the whole corpus.
     first: documents to rank before all others, for each query.
     similarity: "dot", "cosine" or "l2"; "" uses the similarity of the model.
     without_relevant: treatment of queries without a relevant document: "skip" leaves them out of the means, "zero"
         scores them 0, "error" raises UserError.
-    training: training papers and their judgements. If given, a linear probe is fitted on them and applied to the
-        queries, instead of ranking documents.
+    training: training papers and their judgements. If set, a linear probe is fitted on them and applied to the queries,
+        instead of ranking documents.
     probe: settings of the linear probe.
     """
 
@@ -305,8 +307,8 @@ class Benchmark:
         check_name("benchmark", self.name)
 
     def without_blank(self) -> Benchmark:
-        """Return the benchmark without blank documents. Relevant ones still count, as not retrieved."""
-        if self.training is not None:  # classes, and papers that a reader checked
+        """Return the benchmark without blank documents. Relevant blank documents still count as not retrieved."""
+        if self.training is not None:  # its documents are classes, and papers that the reader has checked
             return self
         corpus = {id: document for id, document in self.corpus.items() if not document.is_blank}
         if len(corpus) == len(self.corpus):
@@ -367,7 +369,7 @@ class MiningPool:
     excluded: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
 
-# Decisions of a judge on a mined document. Dropped documents are never negatives of the query.
+# Decisions of a judge on a mined document. Dropped documents are never negatives for the query.
 LABELS = ("keep", "drop", "positive")
 KEEP, DROP, POSITIVE = range(3)
 

@@ -1,7 +1,7 @@
 """Relations between two label spaces: weights[a, b] is the probability that a paper with label a also has label b.
 
-A relation is estimated from papers with labels of both spaces, or read from a file. It is an array (a, b) float32, for
-a labels in the first space and b in the second.
+A relation is estimated from papers with labels in both spaces, or read from a file. It is an array (a, b) float32, with
+a labels in the first space and b labels in the second.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class LabelSpace:
         return len(self.labels)
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
-        """Return the position of each label, given as a row of the document table; -1 for other rows."""
+        """Return the positions of labels, given as rows of the document table, and -1 for other rows."""
         positions = rows - self.rows[0]
         return np.where((positions >= 0) & (positions < len(self)), positions, -1)
 
@@ -62,7 +62,7 @@ class LabelSpace:
 def find_collection(data: ContrastiveDataModule, key: str, name: str) -> tuple[TaskDataModule, str]:
     """Return a task and the name of its collection, given as TASK or TASK/COLLECTION.
 
-    A task with several collections needs the second form. key: option that the name comes from, for errors.
+    A task with several collections needs the second form. key: option that has the name, for errors.
     """
     task_name, _, collection = name.partition("/")
     tasks = data.by_name
@@ -79,12 +79,12 @@ def find_collection(data: ContrastiveDataModule, key: str, name: str) -> tuple[T
 class PartialAnnotation:
     """Papers of a source task, only some of which have labels of a target task.
 
-    source, target: label spaces. If the source is link prediction or search, which have no labels, both are the
+    source, target: label spaces. Link prediction and search have no labels; if the source is one of them, both are the
         target's.
-    known: known labels of each row of the source's document table, as positions in the source label space.
+    known: for each row of the source's document table, the known labels as positions in the source label space.
     unlabelled: whether a row is a training query of the source without labels of the target, (rows,) bool.
-    pairs: source labels and target labels of the n papers that have both. If the source has no labels, target labels of
-        n documents and of their queries.
+    pairs: source labels and target labels of the n papers that have both. If the source has no labels, these are the
+        target labels of n documents and of their queries.
     """
 
     source: LabelSpace
@@ -146,17 +146,17 @@ def relation_of(papers: PartialAnnotation, relation: str, smoothing: float = 1.0
 
 
 def estimated(first: Ragged, second: Ragged, sizes: tuple[int, int], smoothing: float = 1.0) -> np.ndarray:
-    """Estimate a relation from n papers with labels of both spaces, (a, b).
+    """Estimate a relation, (a, b), from n papers with labels in both spaces.
 
-    weights[a, b] = (n_ab + smoothing n_b / n) / (n_a + smoothing), where n_a, n_b and n_ab are the numbers of papers
-    with label a, label b, and both. A label without papers gets the average weights, n_b / n.
+    weights[a, b] = (n_ab + smoothing n_b / n) / (n_a + smoothing), where n_a, n_b and n_ab count the papers with label
+    a, label b, and both. A label without papers gets the average weights, n_b / n.
 
     first, second: labels of each paper, n lists of positions.
-    sizes: numbers of labels of the two spaces.
-    smoothing: number of average papers to add to each label's papers.
+    sizes: number of labels in each of the two spaces.
+    smoothing: number of average papers to add to the papers of each label.
     """
     papers = len(first.counts)
-    related = second.take(first.owners)  # labels of the second space, for each label of the first one
+    related = second.take(first.owners)  # labels in the second space, for each label in the first
     weights = np.zeros(sizes, dtype=np.float32)  # (a, b)
     np.add.at(weights, (first.values[related.owners], related.values), 1.0)
     average = np.bincount(second.values, minlength=sizes[1]) / max(papers, 1)  # (b,)
@@ -167,7 +167,7 @@ def estimated(first: Ragged, second: Ragged, sizes: tuple[int, int], smoothing: 
 
 
 def same_names(first: LabelSpace, second: LabelSpace) -> np.ndarray:
-    """Relate labels with the same name, ignoring case and punctuation. A label without a name goes by its id."""
+    """Relate labels with the same name, ignoring case and punctuation. If a label has no name, its id is used."""
     columns: dict[str, list[int]] = {}
     for column, label in enumerate(second.labels):
         columns.setdefault(_name(label), []).append(column)
@@ -184,9 +184,9 @@ def _name(label: Document) -> str:
 
 
 def read_relation(path: Path, first: LabelSpace, second: LabelSpace) -> np.ndarray:
-    """Read a relation from lines with a label of the first space, a label of the second, and a weight from 0 to 1.
+    """Read a relation from lines with a label in the first space, a label in the second, and a weight from 0 to 1.
 
-    The columns are separated by tabs. A label is given by its id or name. Pairs that are not in the file have weight 0.
+    Tabs separate the columns. Labels are ids or names. Pairs that are not in the file have weight 0.
     The first line may be a header.
 
     Raises UserError with file and line for unknown labels, invalid weights and repeated pairs.
@@ -245,16 +245,16 @@ def _position(label: str, space: LabelSpace, positions: dict[str, int]) -> int:
         hint = f"; did you mean {near[0]!r}?" if near else "; expected the id or the name of a label"
         raise UserError(f"{label!r} is not a label of {space.name}{hint}")
     if positions[label] < 0:
-        raise UserError(f"{label!r} is the name of several labels of {space.name}; give the id of one")
+        raise UserError(f"{label!r} is the name of several labels of {space.name}; use an id")
     return positions[label]
 
 
 def distributions(weights: np.ndarray) -> np.ndarray:
-    """Return p(b | a): the weights of each label divided by their sum, or zeros for an unrelated label."""
+    """Return p(b | a): each label's weights divided by their sum, or zeros for an unrelated label."""
     return weights / np.maximum(weights.sum(1, keepdims=True), np.finfo(np.float32).tiny)
 
 
 def most_related(weights: np.ndarray, count: int) -> Ragged:
-    """Return up to `count` related labels of each label of the first space, by descending weight."""
+    """Return, for each label in the first space, up to `count` related labels by descending weight."""
     columns = np.argsort(-weights, axis=1, kind="stable")[:, :count]
     return Ragged.of([row[weights[a, row] > 0] for a, row in enumerate(columns)])

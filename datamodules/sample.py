@@ -1,14 +1,14 @@
-"""The built-in sample: a small synthetic science with all three tasks, generated from a seed in a few seconds.
+"""The built-in sample: a small synthetic science with all three tasks, generated from a seed within seconds.
 
 Every paper has four facets, and each task depends on two of them (docs/sample.md describes the tasks):
 
     facet       meaning                                classification   link prediction   search
     subfield    what the paper is about                      x                x
-    aspect      which side of it is studied                  x                              x
+    aspect      which aspect of it is studied                  x                              x
     method      how it is studied                                             x
     material    what it is studied on                                                       x
 
-A fourth collection has the captions of two figures of each paper, which name its subfield, method and material.
+A fourth collection has captions of two figures of each paper, which name the paper's subfield, method and material.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class SearchQuery:
 
 @dataclass(frozen=True)
 class Science:
-    """The generated papers, labels, citations, queries and captions. The collections are made from them."""
+    """The generated papers, labels, citations, queries and captions, from which the collections are made."""
 
     papers: tuple[_Paper, ...]
     labels: dict[str, Document]
@@ -79,7 +79,8 @@ class Science:
 class Lexicon:
     """Eight invented words for each value of a facet.
 
-    Papers use the first six words, and older papers use earlier ones. Queries and definitions use the last four.
+    Papers use the first six words, of which older papers use the earlier ones. Queries and definitions use the last
+    four.
     """
 
     def __init__(self, rng: random.Random):
@@ -106,12 +107,12 @@ class Lexicon:
                 return word
 
     def in_paper(self, facet: str, value: int, year: int) -> str:
-        """Draw a term that authors of that year use."""
+        """Draw a term that authors use in a given year."""
         era = 5 * (year - FIRST_YEAR) / (LAST_YEAR - FIRST_YEAR)
         return self.terms[facet, value][min(5, max(0, round(self.rng.gauss(era, 1.0))))]
 
     def outside(self, facet: str, value: int) -> str:
-        """Draw a term that label definitions and queries use."""
+        """Draw a term that definitions of labels and queries use."""
         return self.rng.choice(self.terms[facet, value][4:])
 
 
@@ -123,7 +124,7 @@ def _split(key: str, seed: int) -> str:
 
 @functools.lru_cache(maxsize=2)
 def science(seed: int, num_papers: int) -> Science:
-    """Generate papers, labels, citations and queries. A seed gives the same result on every machine."""
+    """Generate papers, labels, citations and queries. The same seed gives the same result on every machine."""
     rng = random.Random(seed)
     lexicon = Lexicon(rng)
     num_subfields = NUM_FIELDS * SUBFIELDS_PER_FIELD
@@ -189,7 +190,7 @@ def _paper(paper: str, lexicon: Lexicon, facets: dict[str, int], second_aspect: 
 
 
 def _citations(papers: list[_Paper], rng: random.Random) -> dict[str, tuple[str, ...]]:
-    """Draw citations, mostly of the five latest earlier papers with the same subfield and method."""
+    """Draw citations, mostly of the five most recent papers with the same subfield and method."""
     by_subfield: dict[int, list[_Paper]] = defaultdict(list)
     cited: dict[str, tuple[str, ...]] = {}
     for paper in sorted(papers, key=lambda p: (p.year, p.document.id)):

@@ -1,13 +1,13 @@
-"""The multi-task schedule: which task and which examples, at which step, on which rank.
+"""The multi-task schedule: which task and which examples each rank trains at each step.
 
-It is a pure function of (seed, step). Nothing is remembered between steps, so resuming needs one integer, every step
-costs the same, and every rank computes the same plan independently. At each step, all ranks work on the same task,
-because in-batch negatives are shared across ranks, and an expert must be used by all ranks or none. Each rank has its
-own slice of the global batch.
+It is a pure function of (seed, step) without any state. So resuming needs one integer, every step costs the same, and
+every rank computes the same plan independently. At each step, all ranks work on the same task, because they share
+in-batch negatives, and because an expert must be used by all ranks or none. Each rank has its own slice of the global
+batch.
 
-Steps are planned in blocks. Within a block, every task gets its share of the steps: by turns for round-robin, otherwise
-in a random order drawn for that block. So the shares are exact after every block, and the number of steps that a task
-has had before a block follows from the block's number.
+Steps are planned in blocks. Within a block, every task gets its share of the steps: in turns for round-robin, otherwise
+in random order. So the shares are exact after every block, and the number of a block determines how many steps a task
+had before it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ STRATEGIES = ("round_robin", "together", "proportional", "temperature", "weights
 
 
 def mix(*keys: int | str) -> int:
-    """Return a 63-bit seed made from the keys. Unlike Python's hash of a string, it is the same in every process."""
+    """Return a 63-bit seed made from the keys. Unlike Python's hash of strings, it is the same in every process."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
 @functools.lru_cache(maxsize=32)
 def _order(seed: int, task: str, size: int, epoch: int) -> np.ndarray:
-    """Return the order of a task's examples in a pass, (size,)."""
+    """Return the order of a task's examples in one pass, (size,)."""
     order = np.random.default_rng(mix(seed, "order", task, epoch)).permutation(size)
     return order.astype(np.int32) if size < 2**31 else order
 
 
 class Draw(NamedTuple):
-    """An example to train on. epoch: pass through the task's examples, which seeds the sampling of its documents."""
+    """An example to train on. epoch: number of the pass through the examples, which seeds the sampling of documents."""
 
     example: int
     epoch: int
@@ -61,7 +61,7 @@ class Phase:
 def task_weights(
     schedule: str, sizes: Mapping[str, int], temperature: float = 1.0, weights: Mapping[str, float] | None = None
 ) -> Mapping[str, float] | None:
-    """Return the share of steps of each task, or None if tasks take turns (round_robin and together).
+    """Return each task's share of the steps, or None if tasks take turns (round_robin and together).
 
     schedule: "proportional" makes shares proportional to the number of examples; "temperature" raises that number to
         the power 1 / temperature, so a high temperature makes the shares nearly equal; "weights" uses `weights`.
@@ -95,33 +95,34 @@ def checked_weights(weights: Mapping[str, float], tasks: Mapping[str, int]) -> d
 
 
 def check_phases(phases: Sequence[Phase]) -> None:
-    """Raise UserError unless the first phase starts at step 0 and the others at increasing steps."""
+    """Raise UserError unless the first phase starts at step 0, and the others start at increasing steps."""
     firsts = [phase.first for phase in phases]
     if not firsts or firsts[0] != 0 or firsts != sorted(set(firsts)):
-        raise UserError(f"phases: expected to start at step 0 and then at increasing steps, got {firsts}")
+        raise UserError(f"phases: the first must start at step 0 and the others at increasing steps, got {firsts}")
 
 
 class Schedule:
-    """Which task and which examples, at which step.
+    """The task and the examples of each step.
 
     sizes: number of examples of each task.
-    batch_sizes: queries in a batch of each task, on each rank; tokens for the tasks in `costs`.
-    phases: shares of the tasks in each phase. By default tasks take turns throughout.
+    batch_sizes: size of each task's batches on each rank, in queries, or in tokens for the tasks in `costs`.
+    phases: shares of the tasks in each phase. By default, tasks take turns throughout.
     costs: number of tokens of each example, (examples,), for tasks whose batches are sized in tokens.
-    collections: number of examples of each collection, in order, for tasks with several.
+    collections: number of examples of each collection, in order, for tasks with several collections.
     temperatures: temperature of the collections of a task, by default 1.
     mixed: tasks whose batches mix their collections.
 
-    A batch comes from one collection, because documents of other collections may be relevant without being judged: a
-    paper can have labels in several label spaces. A second schedule divides a task's turns among its collections, in
-    proportion to their numbers of examples to the power 1 / temperature. In a mixed batch, it divides the queries.
+    A batch comes from one collection, because documents of other collections may be relevant without being judged. For
+    example, a paper can have labels in several label spaces. A second schedule divides a task's turns among its
+    collections, in proportion to the number of examples to the power 1 / temperature. In mixed batches, it divides the
+    queries instead.
 
-    A task goes through its examples in passes, each in a new order. A small task starts its second pass while a large
-    task is still in its first. A batch may span two passes, so no example is left out.
+    A task makes passes through its examples, each in a new order. A small task starts its second pass while a large
+    task is still in its first. A batch may span two passes, so that no example is left out.
 
     If batches are sized in tokens, the examples of all passes form a line, each as long as its number of tokens. The
     line is cut into pieces of batch_sizes tokens, and an example belongs to the piece in which it starts. So batches
-    have different numbers of queries, and any batch can be computed without the ones before it.
+    have different numbers of queries, and any batch can be computed without computing earlier ones.
     """
 
     def __init__(
@@ -163,7 +164,7 @@ class Schedule:
         return Schedule(sizes, batch_sizes, mix(self.seed, "collections", task), (phase,), costs), starts
 
     def _steps_per_block(self, phase: Phase) -> dict[str, int]:
-        """Return the number of each task's steps in a block, at least one, rounded by largest remainders."""
+        """Return each task's number of steps in a block, at least one, rounded by the largest-remainder method."""
         if phase.weights is None:
             return dict.fromkeys(self.tasks, 1)
         total = sum(phase.weights.values())
@@ -171,7 +172,7 @@ class Schedule:
         counts = {task: max(1, int(share)) for task, share in exact.items()}
         for task in sorted(exact, key=lambda t: counts[t] - exact[t])[: max(0, BLOCK - sum(counts.values()))]:
             counts[task] += 1
-        while sum(counts.values()) > BLOCK:  # if some tasks were raised to one step
+        while sum(counts.values()) > BLOCK:  # because some tasks were raised to one step
             counts[max(counts, key=counts.__getitem__)] -= 1
         return counts
 
@@ -235,18 +236,18 @@ class Schedule:
         return counts[rank] * world_size / sum(counts)
 
     def passes(self, steps: int, task: str, world_size: int = 1) -> float:
-        """Return the number of passes through a task's examples in a number of steps."""
+        """Return the number of passes through a task's examples within `steps` steps."""
         length = int(self.costs[task].sum()) if task in self.costs else self.sizes[task]
         return self.turns(steps, task) * self.batch_sizes[task] * world_size / length
 
     def batches_per_pass(self, world_size: int = 1) -> int:
-        """Return the number of batches on each rank in a pass through the examples of all tasks."""
-        # Lengths are in the unit of the batch sizes: tokens for tasks with costs, queries for other tasks.
+        """Return the number of batches per rank in one pass through the examples of all tasks."""
+        # Lengths have the unit of the batch sizes: tokens for tasks with costs, queries for other tasks.
         lengths = self.sizes | {task: int(costs.sum()) for task, costs in self.costs.items()}
         return sum(-(-length // (self.batch_sizes[task] * world_size)) for task, length in lengths.items())
 
     def _positions(self, task: str, first: int, end: int) -> list[tuple[int, int]]:
-        """Return (pass, position in the pass) of each example that starts between two points of a task's line."""
+        """Return (pass, position in the pass) of each example that starts between two points on a task's line."""
         if task not in self.costs:
             return [divmod(position, self.sizes[task]) for position in range(first, end)]
         length = int(self.costs[task].sum())
@@ -257,7 +258,7 @@ class Schedule:
         return positions
 
     def _line(self, task: str, epoch: int) -> np.ndarray:
-        """Return the start of each example of a pass on the task's line, in tokens from the start of the pass."""
+        """Return where each example of a pass starts on the task's line, in tokens from the start of the pass."""
         if (task, epoch) not in self._starts:
             for old in [key for key in self._starts if key[0] == task and key[1] < epoch - 1]:
                 del self._starts[old]

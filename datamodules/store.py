@@ -1,11 +1,11 @@
-"""A collection on disk: texts in memory-mapped Arrow files, everything else in memory-mapped integer arrays.
+"""Collections on disk: texts in memory-mapped Arrow files, everything else in memory-mapped integer arrays.
 
-A training process keeps no Python object per document or judgement. conversion.py writes the folder:
+So a training process has no Python object per document or judgement. conversion.py writes the folder:
 
     FOLDER/corpus.arrow, queries.arrow     id, title, text
     FOLDER/first.npy                       (M,) for each document, the first document with the same text
-    FOLDER/own.npy                         (Q,) for each query, the same for the document with its id, or -1
-    FOLDER/same.npy                        (Q,) whether that document has the query's text too
+    FOLDER/own.npy                         (Q,) for each query, the same for the document with the query's id, or -1
+    FOLDER/same.npy                        (Q,) whether that document also has the query's text
     FOLDER/SPLIT.{queries,documents,grades}.npy    judgements as rows; negative rows are outside the corpus
     FOLDER/examples.{queries,starts,documents,grades}.npy    examples of the train split (examples.py)
     FOLDER/meta.json                       reader, counts, fingerprint
@@ -33,20 +33,20 @@ from datamodules.records import Document, Qrels, UserError, explained
 log = logging.getLogger(__name__)
 
 SEAL = "files.json"  # size and checksum of each file in a cache folder
-CHECKED = 1 << 28  # bytes; the checksums of larger files are not verified at every start
+CHECKED = 1 << 28  # bytes; checksums of larger files are not verified at every start
 BATCH_ROWS = 1 << 15  # documents in one Arrow batch
 FIELDS = ("id", "title", "text")
 
 
 class StoredDocuments(Mapping[str, Document]):
-    """Documents in an Arrow file, by id, or by row through `values()`."""
+    """Documents in an Arrow file, accessible by id, or by row through `values()`."""
 
     def __init__(self, path: Path):
         self.path = path
         self._batches: list[Any] | None = None
         self._row_by_id: dict[str, int] | None = None
 
-    def __getstate__(self) -> Path:  # workers map the file themselves
+    def __getstate__(self) -> Path:  # workers map the file by themselves
         return self.path
 
     def __setstate__(self, path: Path) -> None:
@@ -54,7 +54,7 @@ class StoredDocuments(Mapping[str, Document]):
 
     @property
     def batches(self) -> list[Any]:
-        """Columns of each Arrow batch; the file is mapped on first use."""
+        """Columns of each Arrow batch. The file is mapped on first use."""
         if self._batches is None:
             import pyarrow as pa
 
@@ -88,7 +88,7 @@ class StoredDocuments(Mapping[str, Document]):
 
 
 class Rows(Sequence[Document]):
-    """Stored documents by number. Slices and selections are read when they are used.
+    """Stored documents by row. Slices and selections are only read when they are used.
 
     numbers: rows of the file, in the order of this sequence; by default all of them.
     """
@@ -147,7 +147,7 @@ class StoredCollection:
         return {query.id: query for query in queries.values()}, qrels
 
     def table(self, queries_are_documents: bool) -> tuple[list[Sequence[Document]], ExampleTable]:
-        """Return the documents (corpus, then queries) and the examples of the train split over their rows."""
+        """Return the documents (corpus, then queries), and the examples of the train split as rows of them."""
         numbers = self.array("examples.queries") if "train" in self.splits else np.zeros(0, dtype=np.int32)
         if len(numbers):
             starts, documents, grades = (self.array(f"examples.{n}") for n in ("starts", "documents", "grades"))
@@ -162,7 +162,7 @@ class StoredCollection:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Let one process at a time make a file or folder of the cache, while the others wait.
+    """Let one process at a time create a file or folder in the cache, while the others wait.
 
     Raises UserError if the parent folder cannot be used.
     """
@@ -174,20 +174,20 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def make_once(folder: Path, write: Callable[[Path], None]) -> bool:
-    """Make a cache folder, unless an intact one exists. `write` fills it. Return whether this process made it.
+    """Create a cache folder, filled by `write`, unless an intact one exists. Return whether this process created it.
 
     Raises UserError if the folder cannot be written.
     """
     if folder.is_dir() and not damage(folder):
         return False
     with locked(folder):
-        if folder.is_dir() and not (problem := damage(folder)):  # another process has just made it
+        if folder.is_dir() and not (problem := damage(folder)):  # another process has just created it
             return False
         if folder.is_dir():
-            log.warning("cache: %s is damaged (%s); making it again", folder, problem)
+            log.warning("cache: %s is damaged (%s); creating it again", folder, problem)
         with explained(f"cache: cannot write to the folder {folder.parent}"):
             if folder.is_dir():
-                shutil.rmtree(folder)  # before writing, which might otherwise read the damaged files
+                shutil.rmtree(folder)  # before writing, because `write` might read the damaged files
             with atomic_folder(folder) as new:
                 write(new)
                 _seal(new)
@@ -201,9 +201,9 @@ def _seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """Return how a cache folder differs from what was written, or None if it does not.
+    """Return how a cache folder differs from what was written, or None if it is intact.
 
-    Only the size of large files is compared: otherwise, every rank would read the whole corpus at every start.
+    For large files, only the size is compared. Otherwise, every rank would read the whole corpus at every start.
     """
     try:
         for name, (size, expected) in read_json(folder / SEAL).items():

@@ -1,7 +1,7 @@
-"""One LightningDataModule for each kind of task. Train it alone, or with others in a MultiTaskDataModule.
+"""One LightningDataModule per kind of task, to train alone, or together with others in a MultiTaskDataModule.
 
-The kinds differ in their queries and documents, and therefore in which documents are never negatives and which are left
-out of rankings.
+The kinds differ in their queries and documents, and therefore in the documents that are never negatives, or that
+rankings leave out.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from datamodules.tokens import Encoding, token_tables
 
 
 class CollectionError(UserError):
-    """An error in a collection of a task. problem: message without the names of task and collection."""
+    """An error in a task's collection. problem: message without the names of task and collection."""
 
     def __init__(self, task: str, collection: str, problem: str):
         super().__init__(task, collection, problem)
@@ -48,7 +48,7 @@ class Part(NamedTuple):
     """A collection of a task.
 
     table: examples of the collection.
-    first_row: row at which its documents start in the task's document table.
+    first_row: first row of the collection's documents in the task's document table.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Part(NamedTuple):
 
     @property
     def corpus_rows(self) -> np.ndarray:
-        """Rows of its corpus in the task's document table, ascending and without gaps."""
+        """Rows of the corpus in the task's document table, ascending and without gaps."""
         return np.arange(self.first_row, self.first_row + len(self.collection.corpus))
 
 
@@ -69,11 +69,11 @@ class TaskDataModule(ContrastiveDataModule):
 
     task: the task, or its name.
     data: a reader, a Collection, or several of them by name. A single collection gets the task's name.
-    options: options of the batches, which may also be given as keywords.
-    tokenizer: tokenizer of the encoder; by default the trained module's.
+    options: options of the batches, which may also be passed as keyword arguments.
+    tokenizer: tokenizer of the encoder, by default the trained module's.
 
-    documents: the corpus and then the queries of each collection. The row of a document identifies it in batches; a
-        query that is a document has the document's row.
+    documents: corpus and then queries of each collection. Batches identify a document by its row. A query that is a
+        document has the document's row.
     """
 
     queries_are_documents: ClassVar[bool] = False  # whether a query is the document with the same id
@@ -102,7 +102,7 @@ class TaskDataModule(ContrastiveDataModule):
         self._tokens: tuple[Encoding, Joined[np.ndarray]] | None = None  # the last encoding and its ids
 
     def inherit_options(self, options: BatchOptions) -> None:
-        """Use shared options, changed by this task's keywords. Do nothing if the task was given its own options."""
+        """Use shared options with this task's keyword arguments. Does nothing if the task has its own options."""
         if self._overrides is not None:
             self.options = options.override(**self._overrides)
 
@@ -124,13 +124,13 @@ class TaskDataModule(ContrastiveDataModule):
         if not self.examples:
             names = ", ".join(f"{name} ({' '.join(c.splits)})" for name, c in self.collections.items())
             raise UserError(
-                f"task {self.task.name}: no query of a train split has a positive, in {names}; add a collection to "
-                "train on (a collection with only dev or test is only evaluated)"
+                f"task {self.task.name}: in {names}, no query of a train split has a positive; add a collection to "
+                f"train on (collections with only dev or test are only evaluated)"
             )
 
     @property
     def parts(self) -> list[Part]:
-        """The collections with their examples, in the order of their rows."""
+        """The collections with their examples, in row order."""
         parts = zip(self.collections.items(), self.examples.parts, strict=True)
         return [Part(*collection, *examples) for collection, examples in parts]
 
@@ -184,15 +184,15 @@ class TaskDataModule(ContrastiveDataModule):
         return digest.hexdigest()
 
     def collection_of(self, row: int) -> str:
-        """Return the name of the collection that a row of the document table belongs to."""
+        """Return the name of the collection to which a row of the document table belongs."""
         return next(part.name for part in reversed(self.parts) if part.first_row <= row)
 
     def examples_by_collection(self) -> dict[str, int]:
-        """Return the number of examples of each collection that has examples."""
+        """Return each collection's number of examples, without collections that have none."""
         return {part.name: len(part.table) for part in self.parts if len(part.table)}
 
     def strip(self, queries: np.ndarray, documents: np.ndarray) -> None:
-        """Remove queries and documents, given as rows of the document table, from the training.
+        """Remove queries and documents from the training, given as rows of the document table.
 
         Raises UserError if no example remains.
         """
@@ -204,7 +204,7 @@ class TaskDataModule(ContrastiveDataModule):
             raise UserError(f"task {self.task.name}: no training examples remain after removing the evaluation texts")
 
     def corpus_rows(self) -> np.ndarray:
-        """Return whether each row of the document table belongs to a corpus, (documents,) bool."""
+        """Return for each row of the document table whether it belongs to a corpus, (documents,) bool."""
         in_corpus = np.zeros(len(self.documents), dtype=bool)
         for part in self.parts:
             in_corpus[part.corpus_rows] = True
@@ -272,7 +272,7 @@ class Selection(Sequence[Document]):
 
 
 def selected(documents: Joined[Document], rows: np.ndarray) -> Sequence[Document]:
-    """Return the documents of some rows. If one stored file has them all, return Rows, which have stored token ids."""
+    """Return the documents of some rows. If one stored file has all of them, return Rows, with stored token ids."""
     part, positions = documents.part_of(rows)
     return part.select(positions) if isinstance(part, Rows) else Selection(documents, rows)
 
@@ -280,7 +280,7 @@ def selected(documents: Joined[Document], rows: np.ndarray) -> Sequence[Document
 def _held_out_positives(
     collection: Collection | StoredCollection, queries: Sequence[Document], positives: Ragged
 ) -> Ragged:
-    """Return, for each training query, the corpus rows that are relevant only in splits other than train."""
+    """Return, for each training query, the corpus rows that are only relevant in splits other than train."""
     relevant: dict[str, set[str]] = {}
     for split in collection.splits:
         if split != "train":
@@ -301,13 +301,13 @@ def _held_out_positives(
 
 
 class ClassificationDataModule(TaskDataModule):
-    """Rank labels for a paper. The corpus is the label space; a paper's other labels are never its negatives."""
+    """Rank labels for a paper. The corpus is the label space. A paper's other labels are never its negatives."""
 
     corpus_is_evaluated = False  # labels may be seen in training
 
 
 class LinkPredictionDataModule(TaskDataModule):
-    """Find the papers that a paper cites. A paper is never its own negative, and never in its own ranking."""
+    """Find the papers that a paper cites. A paper is never its own negative and never in its own ranking."""
 
     queries_are_documents = True
 

@@ -1,4 +1,4 @@
-"""From a document to the input of an encoder: title [SEP] text, tokens, chunks; and label names in texts.
+"""Turn documents into inputs of an encoder: title [SEP] text, tokens, chunks. Also finds label names in texts.
 
     paper   title [SEP] abstract
     label   name [SEP] definition
@@ -18,14 +18,14 @@ from datamodules.records import Document, short
 
 log = logging.getLogger(__name__)
 
-TEXT_KEYS = ("text", "abstract")  # keys of a paper's text; the first non-blank one is read
+TEXT_KEYS = ("text", "abstract")  # keys for a paper's text, of which the first non-blank one is read
 # Keys of the text in other layouts: OpenAlex, PubMed, arXiv, bulk data of Semantic Scholar, Pyserini, ...
 OTHER_TEXT_KEYS = {"summary", "description", "body", "content", "contents", "passage", "fulltext", "full_text", "tldr"}
-LONG_TEXT = 80  # characters; a longer string is probably a text
+LONG_TEXT = 80  # characters; longer strings are probably texts
 
 
 def text_key(record: Mapping[str, Any], preferred: str = TEXT_KEYS[0]) -> str:
-    """Return the key of a paper's text: the preferred one, or another of TEXT_KEYS if that one is missing or blank.
+    """Return the key of a paper's text: the preferred key, or another of TEXT_KEYS if that one is missing or blank.
 
     A preferred key outside TEXT_KEYS, such as "definition", has no alternatives.
     """
@@ -34,7 +34,7 @@ def text_key(record: Mapping[str, Any], preferred: str = TEXT_KEYS[0]) -> str:
 
 
 def unread_key(record: Mapping[str, Any]) -> str | None:
-    """Return a key that contains the text in other layouts but is not read here, or None if there is none."""
+    """Return a key that contains the text in other layouts, but is not read here, or None."""
     for key, value in record.items():
         name = str(key).lower()
         is_text = name in OTHER_TEXT_KEYS or name.startswith("abstract") or name.endswith("abstract")
@@ -50,9 +50,9 @@ def _is_blank(value: Any) -> bool:
 def as_documents(items: Sequence[Any]) -> list[Document]:
     """Convert strings, mappings and Documents to Documents.
 
-    items: strings are texts without titles. Mappings have a title and a text (or abstract, if the text is missing or
-        blank). Other keys are ignored, and None is treated as missing. If an ignored key probably contains the text, a
-        warning names it.
+    items: strings (texts without titles), Documents, or mappings with a title and a text (or abstract, if the text is
+        missing or blank). Other keys are ignored, and None counts as missing. If an ignored key probably contains the
+        text, a warning names it.
 
     Raises TypeError with the index and the content of an invalid item.
     """
@@ -93,7 +93,7 @@ def _describe(value: Any) -> str:
 def input_text(document: Document, separator: str) -> str:
     """Return the text of a document, with the tokenizer's separator between title and text.
 
-    The segments of a query are separated by tabs or a literal "[SEP]"; both become the separator.
+    Segments of a query may be separated by tabs or a literal "[SEP]". Both become the separator.
     """
     title, text = document.title.strip(), document.text.strip()
     if not title:
@@ -102,7 +102,7 @@ def input_text(document: Document, separator: str) -> str:
 
 
 def token_ids(texts: Sequence[str], tokenizer, max_length: int) -> list[list[int]]:
-    """Return the token ids of each text, with special tokens, truncated to max_length and not padded."""
+    """Return the token ids of each text, with special tokens, truncated to max_length, without padding."""
     if not texts:
         return []
     return tokenizer(list(texts), truncation=True, max_length=max_length, return_attention_mask=False)["input_ids"]
@@ -113,7 +113,7 @@ def length_sorted_chunks(
 ) -> Iterator[list[int]]:
     """Yield chunks of text indices, shortest texts first, of at most token_budget tokens and most_texts texts each.
 
-    A text longer than the budget is a chunk of its own. Texts of equal length keep their order.
+    A text that exceeds the budget gets its own chunk. Texts of equal length keep their order.
     """
     chunk: list[int] = []
     size = 0
@@ -135,10 +135,10 @@ def words(text: str) -> list[str]:
 class NameMatcher:
     """Find the names (titles) of labels in papers, as whole words, ignoring case, spacing and punctuation.
 
-    A trie of words finds all names in one pass over a paper, however many names there are.
+    A trie of words finds all names in one pass over a paper, no matter how many names exist.
     """
 
-    END = ""  # key of the labels whose names end at a node; never a word, because words are not empty
+    END = ""  # key of the labels whose names end at a node; cannot clash with a word, because words are not empty
 
     def __init__(self, labels: Mapping[str, Document]):
         self.root: dict = {}

@@ -1,6 +1,6 @@
-"""Texts as token ids: tokenised in the background, kept in memory, and stored next to the texts they were made from.
+"""Token ids of texts: tokenise in the background, cache in memory, and store next to the texts.
 
-    FOLDER/tokens-KEY/{corpus,queries}.ids       ids of all texts, end to end: uint16, or uint32 for large vocabularies
+    FOLDER/tokens-KEY/{corpus,queries}.ids       concatenated ids of all texts: uint16, or uint32 for large vocabularies
     FOLDER/tokens-KEY/{corpus,queries}.npy       (n + 1,) int64, start of each text
 
 FOLDER is the folder of a StoredCollection. KEY is a hash of tokenizer, prompt and max_length.
@@ -36,12 +36,12 @@ from datamodules.text import input_text, token_ids
 
 log = logging.getLogger(__name__)
 
-BLOCK = 4096  # texts of a collection that are written together
-PIECE = 128  # texts that a thread tokenises at a time: 45 ms for abstracts, 2 ms of them with Python's lock
-AHEAD = 16384  # texts that are tokenised before they are needed
+BLOCK = 4096  # number of texts of a collection to write at a time
+PIECE = 128  # texts that a thread tokenises at a time; abstracts take 45 ms, of which 2 ms hold Python's lock
+AHEAD = 16384  # number of texts to tokenise in advance
 MAX_THREADS = 16
-CACHE_BYTES = 256 << 20  # room for 600,000 abstracts
-MIN_CACHED = 512  # smaller jobs are not cached; batches of a frozen model, for example, never repeat
+CACHE_BYTES = 256 << 20  # enough for 600,000 abstracts
+MIN_CACHED = 512  # smaller jobs are not cached, because batches of a frozen model never repeat
 
 
 class _Snapshot(NamedTuple):
@@ -59,8 +59,8 @@ _lock = threading.Lock()
 class Encoding:
     """A tokenizer and its settings, which turn texts into token ids.
 
-    prompt: text that precedes every text.
-    max_length: maximum number of tokens of a text, special tokens included.
+    prompt: text to put before every text.
+    max_length: maximum number of tokens per text, including special tokens.
     """
 
     tokenizer: Any
@@ -68,14 +68,14 @@ class Encoding:
     max_length: int = 256
 
     def table(self, documents: Sequence[Document]) -> TokenTable:
-        """Tokenise texts. This is thread-safe, even while other code uses the tokenizer.
+        """Tokenise texts. Thread-safe, even while other code uses the tokenizer.
 
-        The ids are the same as from `tokenizer(texts, truncation=True, max_length=max_length)`.
+        The ids equal those of `tokenizer(texts, truncation=True, max_length=max_length)`.
         """
         return self._tokenise(self._texts(documents), self._snapshot())
 
     def fingerprint(self) -> str | None:
-        """Return a hash of everything that determines the ids; None if the tokenizer cannot be identified."""
+        """Return a hash of everything that determines the ids, or None if the tokenizer cannot be identified."""
         return self._fingerprint(self._snapshot())
 
     def _fingerprint(self, snapshot: _Snapshot | None) -> str | None:
@@ -92,9 +92,10 @@ class Encoding:
         return [self.prompt + input_text(document, self.tokenizer.sep_token) for document in documents]
 
     def _snapshot(self) -> _Snapshot | None:
-        """Return a copy of the tokenizer in its current state; None for slow tokenizers and ones with parts in Python.
+        """Return a copy of the tokenizer in its current state, or None for tokenizers that are slow or have parts in
+        Python.
 
-        The tokenizer itself is not used, because each call would set its truncation and padding for all threads.
+        A copy is used, because each call of the tokenizer itself would set truncation and padding for all threads.
         """
         tokenizer = self.tokenizer
         if not getattr(tokenizer, "is_fast", False):
@@ -121,8 +122,8 @@ class Encoding:
             with _lock:
                 lists = token_ids(texts, self.tokenizer, self.max_length)
         else:
-            # Twice as fast as calling the tokenizer, which also computes offsets, masks and types. Python's lock is
-            # released in the meantime.
+            # Twice as fast as calling the tokenizer, which also computes offsets, masks and types. It releases Python's
+            # lock.
             lists = [encoding.ids for encoding in snapshot.backend.encode_batch_fast(texts)]
         starts = np.cumsum([0, *map(len, lists)], dtype=np.int64)
         return TokenTable(np.fromiter(itertools.chain.from_iterable(lists), self.dtype, int(starts[-1])), starts)
@@ -158,7 +159,7 @@ class TokenTable(Sequence[np.ndarray]):
         return TokenTable(self._gathered(rows, starts), starts)
 
     def _gathered(self, rows: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Return the ids of some rows, end to end. starts: (n + 1,) their positions in the result."""
+        """Return the concatenated ids of some rows. starts: positions of the rows in the result, (n + 1,)."""
         return self.ids[np.arange(starts[-1]) + np.repeat(self.starts[rows] - starts[:-1], np.diff(starts))]
 
     def lengths(self) -> np.ndarray:
@@ -170,7 +171,7 @@ class TokenTable(Sequence[np.ndarray]):
 
 
 class TokenFile(TokenTable):
-    """Token ids of texts in a file. They are read, not mapped, so that memory stays small during a long training."""
+    """Token ids of texts in a file. The file is read, not mapped, so that memory stays small during a long training."""
 
     def __init__(self, path: Path, dtype: type[np.unsignedinteger]):
         self.path, self.dtype = path, np.dtype(dtype)
@@ -182,7 +183,7 @@ class TokenFile(TokenTable):
             )
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 (open as long as the table)
 
-    def __getstate__(self) -> tuple[Path, type[np.unsignedinteger]]:  # workers open the file themselves
+    def __getstate__(self) -> tuple[Path, type[np.unsignedinteger]]:  # workers open the file by themselves
         return self.path, self.dtype.type
 
     def __setstate__(self, state: tuple[Path, type[np.unsignedinteger]]) -> None:
@@ -197,9 +198,9 @@ class TokenFile(TokenTable):
 
 
 class TokenCache:
-    """In-memory cache of the token ids of recent texts. When it is full, the least recently used are dropped.
+    """In-memory cache for token ids of recent texts. When it is full, the least recently used texts are dropped.
 
-    limit: number of bytes.
+    limit: maximum number of bytes.
     """
 
     def __init__(self, limit: int):
@@ -228,7 +229,7 @@ class TokenCache:
 
 
 def _num_bytes(table: TokenTable) -> int:
-    return table.ids.nbytes + table.starts.nbytes + 500  # bytes of the Python objects
+    return table.ids.nbytes + table.starts.nbytes + 500  # the Python objects take about 500 bytes
 
 
 CACHE = TokenCache(CACHE_BYTES)
@@ -247,7 +248,7 @@ def token_tables(collection: Collection | StoredCollection, encoding: Encoding) 
 
 
 def stored_tokens(documents: Sequence[Document], encoding: Encoding) -> TokenFile | None:
-    """Return the token file of the documents' stored collection, or None if there is no intact one."""
+    """Return the token file of the documents' stored collection, or None if it is missing or damaged."""
     if not isinstance(documents, Rows):
         return None
     path = documents.documents.path
@@ -255,7 +256,7 @@ def stored_tokens(documents: Sequence[Document], encoding: Encoding) -> TokenFil
     return TokenFile(path, encoding.dtype) if path.is_file() and _is_intact(path.parent) else None
 
 
-@functools.cache  # verified once in each process
+@functools.cache  # verified once per process
 def _is_intact(folder: Path) -> bool:
     if problem := damage(folder):
         log.warning("cache: %s is damaged (%s); tokenising the texts again", folder, problem)
@@ -265,9 +266,9 @@ def _is_intact(folder: Path) -> bool:
 def tokenise_ahead(jobs: Iterable[tuple[Encoding, Sequence[Document]]]) -> Generator[TokenTable]:
     """Yield the token ids of each job's texts, while threads tokenise the next AHEAD texts.
 
-    If you may not exhaust the generator, close it (contextlib.closing) to end the threads. Ids in CACHE or in a token
+    If you do not exhaust the generator, close it (contextlib.closing) to end the threads. Ids in CACHE or in a token
     file are not computed again, and the ids of large jobs are added to CACHE. A single job of up to PIECE texts runs in
-    the calling thread. An error of `jobs` or of a job is raised after the tables of the jobs before it.
+    the calling thread. If `jobs` or a job fails, the error is raised after the tables of all earlier jobs.
     """
     failures: list[Exception] = []
     started = _started(jobs, failures)
@@ -325,7 +326,7 @@ class _Job:
 
 
 def _hash_of(documents: Sequence[Document], key: str) -> bytes:
-    """Return a hash of texts and a key. Joining the texts first is three times as fast as hashing one by one."""
+    """Return a hash of texts and a key. Joining the texts first is three times as fast as hashing them one by one."""
     texts = [text for document in documents for text in (document.title, document.text)]
     digest = hashlib.blake2b(repr((key, *map(len, texts))).encode(), digest_size=16)
     digest.update("".join(texts).encode("utf-8", "surrogatepass"))
@@ -337,7 +338,7 @@ def _result(job: _Job, pieces: Sequence[Future[TokenTable]]) -> TokenTable:
 
 
 def _num_threads() -> int:
-    """Return the number of threads that tokenise. It leaves one core to the thread that uses the ids."""
+    """Return the number of threads that tokenise, which leaves one core for the thread that uses the ids."""
     return max(1, min(MAX_THREADS, available_cores() - 1))
 
 

@@ -62,7 +62,7 @@ _MODULES = {
     "random_backbone": "encoders.backbone",
     "word_vocabulary": "encoders.backbone",
 }
-if not TYPE_CHECKING:  # type checkers cannot evaluate it, and would then not know any of the names
+if not TYPE_CHECKING:  # type checkers cannot evaluate this, and would miss all names
     __all__ = list(_MODULES)
 
 

@@ -71,7 +71,7 @@ def write_checkpoint(checkpoint: Mapping[str, Any], path: Path, keep: int = 1) -
 
 
 def older(path: Path, age: int) -> Path:
-    """Return the path of a checkpoint by age: 0 for the newest, 1 for the one before it."""
+    """Return the path of a checkpoint by age: 0 for the newest, 1 for the previous one."""
     return path.with_name(f"{path.stem}.{age}{path.suffix}") if age else path
 
 
@@ -86,7 +86,7 @@ def _age(path: Path) -> int:
 
 
 def _rotate(path: Path, keep: int) -> None:
-    """Rename the existing checkpoints to make room for a new one. The newest keeps its name, too, until replaced."""
+    """Rename the existing checkpoints to make room for a new one. The newest also keeps its name until replaced."""
     for surplus in [p for p in candidates(path)[1:] if _age(p) >= max(keep - 1, 1)]:
         surplus.unlink()
     for age in range(keep - 2, 0, -1):
@@ -113,7 +113,7 @@ def _sync_folder(folder: Path) -> None:
 def damage(path: Path) -> str | None:
     """Return a description of the damage to a checkpoint of a run, or None if it is intact.
 
-    Numbers that are not finite are damage too: training from them would never recover.
+    Numbers that are not finite also count as damage, because training would never recover from them.
     """
     try:
         _verify(path)

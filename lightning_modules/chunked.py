@@ -3,8 +3,9 @@
 GradCache (Gao et al., arXiv 2101.06983, section 3). An in-batch loss needs the vectors of all texts at once, but not
 their graphs. First, all chunks are embedded without a graph, and the loss gives the gradient of each vector. Then each
 chunk is embedded again, with a graph, and its gradients are propagated to the parameters. So only the graph of one
-chunk is in memory, however large the batch. All of this is one differentiable function of the encoder's parameters, so
-learned temperatures, gradient accumulation, clipping and DDP (which sees each gradient once) work unchanged.
+chunk is in memory, no matter how large the batch is. All of this is one differentiable function of the encoder's
+parameters, so learned temperatures, gradient accumulation, clipping and DDP (which sees each gradient once) work
+unchanged.
 
 Blocks of scores. The score matrix is computed a few rows at a time. The gradients of a block are computed while its
 scores are in memory, so nothing is computed twice (as in Liger's fused losses, arXiv 2410.10989).
@@ -26,7 +27,7 @@ from datamodules.packed import Companion, ContrastiveBatch, Tokens
 from lightning_modules.distributed.collectives import largest
 from lightning_modules.encoders.base import Encoder
 
-# Number of matrices of the size of the scores in memory at once (scores, softmax, masks, gradients), as measured.
+# Measured number of matrices of the scores' size in memory at once (scores, softmax, masks, gradients).
 MATRICES_PER_BLOCK = 4
 
 
@@ -59,7 +60,8 @@ def embed_cached(encoder: Encoder, batch: Batch) -> Embedded:
 def num_forwards(encoder: Encoder, batch: Batch) -> int:
     """Return the number of forward passes for a batch: one per chunk.
 
-    With a sharded encoder, ranks compute layers together, so all make as many passes as the rank with the most chunks.
+    With a sharded encoder, ranks compute layers together, so all ranks make as many passes as the one with the most
+    chunks.
     """
     chunks = len(batch.chunks)
     return largest(chunks) if encoder.sharded else chunks
@@ -92,7 +94,7 @@ def _seed(device: torch.device, seed: int) -> None:
 
 
 def _embed_nothing(encoder: Encoder, batch: Batch) -> Embedded:
-    """Take part in the forward pass of the other ranks. Return no vectors, (0, D), and a penalty of 0."""
+    """Take part in the other ranks' forward pass. Return no vectors, (0, D), and a penalty of 0."""
     chunk = batch.chunks[0]
     first_text = Tokens(chunk.input_ids[: chunk.lengths[0]], chunk.offsets[:2], chunk.lengths[:1], chunk.keys[:1])
     vectors, penalty = encoder.forward_with_penalty(first_text, batch.task)
@@ -169,7 +171,7 @@ def _chunks_with_graph(
 
 
 class LossTerms(NamedTuple):
-    """Sums over queries, scalars. The loss has a gradient; the other terms are only logged."""
+    """Sums over queries, scalars. Only the loss has a gradient; the other terms are logged."""
 
     loss: Tensor
     accuracy: Tensor

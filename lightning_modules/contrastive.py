@@ -35,12 +35,12 @@ from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_par
 
 log = logging.getLogger(__name__)
 
-START_TEACHER = "start"  # the vector teacher that is the encoder before training
+START_TEACHER = "start"  # the encoder before training, as vector teacher
 VECTORS = "teacher-vectors"  # folder inside the cache of converted collections
 
 
 class CheckpointMismatch(UserError):
-    """A checkpoint whose weights do not fit the module that is to resume from it."""
+    """Raised if the weights of a checkpoint do not fit the module that should resume from it."""
 
 
 class ContrastiveModule(L.LightningModule):
@@ -52,9 +52,9 @@ class ContrastiveModule(L.LightningModule):
     guide_model, teacher_model, vector_teacher_model: frozen models, required if the options of the objective name them.
         The vector teacher "start" is a copy of the encoder.
     grad_cache: whether to keep the graph of only one chunk of texts in memory at a time (see chunked.py).
-    losses: losses that are added to InfoNCE, by name. Those with weight 0 are left out.
+    losses: losses added to InfoNCE, by name. Losses with weight 0 are left out.
     optim: options of the optimizer.
-    total_steps: optimizer steps of the learning-rate schedule; by default, as many as the trainer makes.
+    total_steps: number of optimizer steps of the learning-rate schedule, by default the trainer's.
     objective: fields of ObjectiveOptions.
     """
 
@@ -100,7 +100,7 @@ class ContrastiveModule(L.LightningModule):
         self.document_vectors: VectorCache | None = None  # document vectors, if the encoder has none
 
     def setup(self, stage: str) -> None:
-        """Give the data module the encoder's tokenizer and prompts, unless it has a tokenizer already.
+        """Give the data module the encoder's tokenizer and prompts, unless it already has a tokenizer.
 
         Also give it the vectors of the vector teacher. All ranks encode them together.
         """
@@ -122,7 +122,7 @@ class ContrastiveModule(L.LightningModule):
         if not self.named_losses or getattr(data, "prepared_by", None) is self._mark:
             return
         if not isinstance(data, ContrastiveDataModule):
-            raise UserError("losses: need the data module of one or several tasks; pass it to trainer.fit")
+            raise UserError("losses: they need a data module of one or several tasks; pass it to trainer.fit")
         for name, loss in self.named_losses.items():
             with prefixed(f"losses.{name}: "):
                 loss.prepare(data)
@@ -133,7 +133,7 @@ class ContrastiveModule(L.LightningModule):
         data.prepared_by = self._mark
 
     def _store_teacher_vectors(self, data: Any, teacher: Encoder) -> None:
-        """Set the teacher_vectors of a data module, and document_vectors. Stored vectors are read from data.cache."""
+        """Set a data module's teacher_vectors, and document_vectors. Stored vectors are read from data.cache."""
         options = self.objective.options.vector_teacher
         folder = Path(data.options.cache) / VECTORS if data.options.cache else None
         cache = VectorCache(teacher, folder, similarity="cosine", token_budget=data.options.token_budget)
@@ -149,7 +149,7 @@ class ContrastiveModule(L.LightningModule):
         if options.asymmetric:
             self.document_vectors = cache
         elif options.cached:
-            teacher.to("cpu")  # it is not needed any more
+            teacher.to("cpu")  # no longer needed
 
     def on_fit_start(self) -> None:
         self.train()  # pretrained backbones are in eval mode, and Lightning leaves them there
@@ -170,7 +170,7 @@ class ContrastiveModule(L.LightningModule):
         return outputs
 
     def _additional_losses(self, vectors: Tensor, batch: ContrastiveBatch) -> dict[str, Tensor]:
-        """Return the value of each of the losses. vectors: vectors of the batch, (U, D)."""
+        """Return the value of each additional loss. vectors: vectors of the batch, (U, D)."""
         companions = iter(batch.companions)
         values, vectors = {}, comparable(vectors)
         for (name, loss), count in zip(self.named_losses.items(), self.num_companions.get(batch.task, ()), strict=True):
@@ -225,14 +225,16 @@ class ContrastiveModule(L.LightningModule):
         return int(steps)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        # Lightning refuses to clip with a fused optimizer in fp16, because its step divides gradients by the scale of
-        # the loss. If they are divided here, it does not do so again.
+        # Lightning refuses to clip with a fused optimizer in fp16, because the optimizer's step divides gradients by
+        # the loss scale. If they are divided here, the step does not divide them again.
         if not gradient_clip_val:
             return
         if (scaler := loss_scaler(self._trainer)) is not None:
             scaler.unscale_(optimizer)
         if gradient_clip_algorithm == "value":
-            foreach = False if self.encoder.sharded else None  # it refuses a mixture of sharded and other gradients
+            foreach = (
+                False if self.encoder.sharded else None
+            )  # foreach refuses a mixture of sharded and other gradients
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val, foreach)
         else:
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)

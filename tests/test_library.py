@@ -122,7 +122,7 @@ def test_option_out_of_bounds_is_rejected(papers, options, message):
 @pytest.mark.parametrize(
     ("query", "document", "message"),
     [
-        ("q9", "p1", "collection mine: split train: the judgements contain a query 'q9'"),
+        ("q9", "p1", "collection mine: split train: the judgements contain query 'q9'"),
         ("q1", "p9", "no query of a train split has a positive"),
     ],
 )

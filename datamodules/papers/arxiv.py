@@ -29,13 +29,13 @@ def _categories(record: Record) -> list[Label]:
 
 
 def _year(record: Record) -> int | None:
-    """Return the year of the first version; update_date changes with every revision."""
+    """Return the year of the first version, because update_date changes with every revision."""
     versions = record.array("versions")
     created = versions[0].get("created") if versions and isinstance(versions[0], dict) else None
     return year_of(created) or year_of(record.get("update_date"))
 
 
-# arxiv.org/category_taxonomy
+# Source: arxiv.org/category_taxonomy
 CATEGORIES = dict(
     line.split(" ", 1)
     for line in """\

@@ -24,15 +24,15 @@ from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError, prefixed, short
 
 MAX_SIZE = 256 * 2**20  # characters; the parser holds the whole file in memory
-MAX_VALUE = 2**20  # characters after strings are replaced, which could double it again and again
+MAX_VALUE = 2**20  # characters after replacing strings, each of which could double the length
 KEYWORDS = ("keywords", "keyword", "mendeley-tags")
 YEARS = ("year", "date")
 FORMULA = re.compile(r"(\$[^$]*\$)")
-ENTRY_WITHOUT_AT = re.compile(r"\{[^{}]*=")  # in text between entries, which BibTeX ignores
+ENTRY_WITHOUT_AT = re.compile(r"\{[^{}]*=")  # matches in text between entries, which BibTeX ignores
 
 
 def rows(path: Path, bad: BadLines) -> Iterator[Row]:
-    """Yield the entries as objects of their fields. Entries with wrong syntax are reported as bad."""
+    """Yield each entry as an object of its fields. Entries with wrong syntax are reported as bad."""
     bibtexparser, model = _package()
     with open_text(path) as stream:
         text = read_chunk(stream, path, 0, MAX_SIZE + 1)
@@ -58,16 +58,16 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
 
 
 def _strings(path: Path, library: Any) -> dict[str, str]:
-    """Return the text of each @string."""
+    """Return each @string's text by name."""
     strings: dict[str, str] = {}
-    for string in library.strings:  # each may contain earlier ones
+    for string in library.strings:  # a string may contain earlier strings
         with prefixed(f"{path}, line {_line(string)}: "):
             strings[string.key.lower()] = _text_of(string.value, strings)
     return strings
 
 
 def _entry_blocks(library: Any, model: Any) -> Iterator[Any]:
-    """Yield the entries, the blocks that cannot be read, and text between them that looks like an entry without @."""
+    """Yield entries, unreadable blocks, and text between them that looks like an entry without @."""
     for block in library.blocks:
         if isinstance(block, model.DuplicateBlockKeyBlock | model.DuplicateFieldKeyBlock):  # the first field counts
             block = block.ignore_error_block
@@ -87,16 +87,16 @@ def _fields(entry: Any, strings: Mapping[str, str]) -> dict[str, str]:
 
 
 def _inherited(fields: Mapping[str, str], parent: Mapping[str, str]) -> dict[str, str]:
-    """Return the fields that a paper inherits from its crossref, the volume that it is in: the year, and keywords.
+    """Return the fields that a paper inherits from its crossref (the volume it appears in): year and keywords.
 
-    Title, abstract and DOI of a volume are not those of the paper.
+    Title, abstract and DOI are not inherited, because the volume has its own.
     """
     missing = [name for names in (YEARS, KEYWORDS) if not any(name in fields for name in names) for name in names]
     return {name: parent[name] for name in missing if name in parent}
 
 
 def _text_of(value: str, strings: Mapping[str, str]) -> str:
-    """Return a value without its braces or quotes. Names of strings are replaced, and the parts of a # b are joined."""
+    """Return a value without braces or quotes. Names of strings are replaced, and the parts of a # b are joined."""
     parts = [_text_of_part(part.strip(), strings) for part in _parts(value)]
     if sum(map(len, parts)) > max(len(value), MAX_VALUE):
         raise UserError(f"a value expands to more than {MAX_VALUE:,} characters")
@@ -106,7 +106,7 @@ def _text_of(value: str, strings: Mapping[str, str]) -> str:
 def _text_of_part(part: str, strings: Mapping[str, str]) -> str:
     if len(part) > 1 and part[0] + part[-1] in ("{}", '""'):
         return part[1:-1]
-    return strings.get(part.lower(), part)  # other words are numbers and names of months
+    return strings.get(part.lower(), part)  # otherwise, a number or the name of a month
 
 
 def _parts(value: str) -> list[str]:
@@ -130,7 +130,7 @@ def _package() -> tuple[Any, Any]:
         raise missing_package("BibTeX files", "bibtexparser>=2") from error
     if not hasattr(bibtexparser, "parse_string"):
         raise missing_package("BibTeX files", "bibtexparser>=2")
-    logging.getLogger("bibtexparser").setLevel(logging.CRITICAL)  # bad entries are reported here
+    logging.getLogger("bibtexparser").setLevel(logging.CRITICAL)  # because bad entries are reported here
     return bibtexparser, model
 
 
@@ -148,12 +148,12 @@ def paper(record: Record) -> Paper:
 
 
 def _plain(text: str) -> str:
-    """Return text without LaTeX, and without the HTML of publishers' exports. In a formula, <n> is not a tag."""
+    """Return text without LaTeX, and without HTML from publishers' exports. In a formula, <n> is not a tag."""
     parts = FORMULA.split(_without_latex(text))
     return "".join(part if FORMULA.fullmatch(part) else without_tags(part) for part in parts)
 
 
-# Characters in the exports of Zotero, Mendeley and JabRef that pylatexenc 2 replaces by nothing, and the soft hyphen.
+# Characters in exports of Zotero, Mendeley and JabRef that pylatexenc 2 would delete, and the soft hyphen.
 CHARACTERS = {
     "textless": "<",
     "textgreater": ">",
@@ -172,7 +172,7 @@ CHARACTERS = {
     "-": "",
 }
 GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi chi psi omega"
-# Commands whose last argument is text, and their arguments in the notation of pylatexenc.
+# Commands whose last argument is text -> their arguments in pylatexenc's notation.
 LAST_ARGUMENT = {
     "href": "{{",
     "textcolor": "{{",
@@ -191,7 +191,9 @@ def _decoder() -> Callable[[str], str]:
     decoded = latex2text.get_default_latex_context_db()
     plain = latex2text.LatexNodes2Text().latex_to_text
     letters = {f"text{name}": plain(rf"\{name}") for name in (*GREEK.split(), *GREEK.title().split())}
-    characters = CHARACTERS | {name: letter for name, letter in letters.items() if letter}  # there is no \Alpha
+    characters = CHARACTERS | {
+        name: letter for name, letter in letters.items() if letter
+    }  # some have no letter, such as \Alpha
     macros = [latex2text.MacroTextSpec(name, text) for name, text in characters.items()]
     macros += [latex2text.MacroTextSpec(name, f"%({len(form)})s") for name, form in LAST_ARGUMENT.items()]
     decoded.add_context_category("exports", macros=macros, prepend=True)
@@ -203,12 +205,12 @@ def _decoder() -> Callable[[str], str]:
 
 
 def _without_latex(text: str) -> str:
-    """Return text without LaTeX commands and braces. Formulas are kept. Raises UserError if that is impossible."""
+    """Return text without LaTeX commands and braces. Formulas are kept. Raises UserError if the LaTeX is invalid."""
     if not re.search(r"[\\{}$~]|``|''|--", text):
         return text
     import pylatexenc.latex2text
 
-    # In BibTeX files, % and & are usually themselves, and not a comment or a column. So is a $ without its pair.
+    # In BibTeX files, % and & usually are plain characters, not a comment or a column. So is a $ without a partner.
     is_paired = len(re.findall(r"(?<!\\)\$", text)) % 2 == 0
     escaped = re.sub(r"(?<!\\)([%&#_])" if is_paired else r"(?<!\\)([%&#_$])", r"\\\1", text)
     try:

@@ -1,4 +1,4 @@
-"""Tables with named columns: CSV, TSV, Excel, parquet, and JSON objects in no published format."""
+"""Tables with named columns: CSV, TSV, Excel, parquet, and JSON objects without a published format."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from datamodules.text import TEXT_KEYS
 
 log = logging.getLogger(__name__)
 
-# Usual names of each column, in order of preference; case, spaces, dashes and underscores do not count. Among them are
+# Usual names of each column, in order of preference. Case, spaces, dashes and underscores do not count. They include
 # the names in exports of Scopus, Web of Science, Dimensions and Zotero.
 COLUMNS: dict[str, tuple[str, ...]] = {
     "id": ("id", "paperid", "corpusid", "pmid", "key", "eid", "utuniquewosid", "publicationid"),
@@ -52,22 +52,22 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 # Characters that may separate the items of a cell. Headings of MeSH contain commas.
 SEPARATORS = {"topics": ";|", "mesh": ";|", "fields": ";|,", "keywords": ";|,", "references": ";|, "}
 SEPARATOR = re.compile(r'"?sep=([,;|\t])"?', re.IGNORECASE)  # first line of a CSV file for Excel
-MAX_CELL = 2**22  # characters; lists of references and full texts exceed the 131,072 of the module csv
-MAX_EXCEL = 2**30  # bytes; the unpacked size of a workbook
+MAX_CELL = 2**22  # characters; lists of references and full texts exceed csv's default of 131,072
+MAX_EXCEL = 2**30  # bytes of an unpacked workbook
 
 
 def plain_name(column: str) -> str:
-    """Return a column's name without what does not count."""
+    """Return a column's name in lower case, without spaces, dashes and underscores."""
     return "".join(character for character in column.casefold() if character not in " -_")
 
 
 def parse_columns(pairs: Mapping[str, str]) -> dict[str, str]:
-    """Check the names of columns that a user gives, such as {"title": "Titel"}."""
+    """Check column names set by a user, such as {"title": "Titel"}."""
     return {check_choice("columns", name, list(COLUMNS)): column for name, column in pairs.items()}
 
 
 def check_columns(path: Path, record: Record, columns: Mapping[str, str]) -> None:
-    """Check the columns of a table by its first row.
+    """Check the columns of a table, using its first row.
 
     Raises UserError if the table has neither a title nor an abstract, or lacks a column that the user named.
     """
@@ -77,13 +77,13 @@ def check_columns(path: Path, record: Record, columns: Mapping[str, str]) -> Non
     present = {plain_name(str(key)) for key in record}
     missing = [name for name in ("title", "abstract") if name not in columns and present.isdisjoint(COLUMNS[name])]
     if len(missing) == 2:
-        raise UserError(f"{path}: no column is called title or abstract (columns here: {names}); name yours in columns")
+        raise UserError(f"{path}: no column is called title or abstract (found: {names}); set columns to your names")
     if missing:
-        log.warning("%s: no column is called %s; name yours in columns (columns here: %s)", path, missing[0], names)
+        log.warning("%s: no column is called %s (found: %s); set columns to your names", path, missing[0], names)
 
 
 def paper(record: Record, columns: Mapping[str, str]) -> Paper:
-    """Return the paper of a row. columns: names of columns that differ from the usual ones."""
+    """Return the paper of a row. columns: column names that differ from the usual ones."""
     values = _values(record, columns)
     return Paper(
         id=optional_id(values, "id"),
@@ -98,7 +98,7 @@ def paper(record: Record, columns: Mapping[str, str]) -> Paper:
 
 
 def _values(record: Record, columns: Mapping[str, str]) -> Record:
-    """Return the cell of each of COLUMNS, or None if the column is missing or the cell is empty."""
+    """Return a row's cell for each of COLUMNS, or None if the column is missing or the cell is empty."""
     cells: dict[str, Any] = {}
     for column, cell in record.items():
         cells.setdefault(plain_name(str(column)), cell)
@@ -110,9 +110,9 @@ def _values(record: Record, columns: Mapping[str, str]) -> Record:
 
 
 def _items(name: str, value: Any) -> list[str]:
-    """Return the items of a list, which is given as a list, as JSON, or as a text with separators."""
+    """Return the items of a list, which may be a list, JSON, or text with separators."""
     if isinstance(value, str) and value.startswith("["):
-        with contextlib.suppress(ValueError, RecursionError):  # a text may start with a bracket
+        with contextlib.suppress(ValueError, RecursionError):  # plain text may also start with a bracket
             value = json.loads(value)
     if isinstance(value, str):
         return split_list(value, SEPARATORS[name])
@@ -125,7 +125,7 @@ def _items(name: str, value: Any) -> list[str]:
 
 
 def check_split(value: Any) -> str:
-    """Return "train", "dev" or "test". Raises UserError for another name of a split."""
+    """Return "train", "dev" or "test". Raises UserError if the name of the split is unknown."""
     name = str(value).strip().lower()
     if name not in SPLIT_NAMES:
         raise UserError(f"split: expected one of {', '.join(SPLIT_NAMES)}, got {short(value)}")
@@ -136,7 +136,7 @@ def check_split(value: Any) -> str:
 
 
 def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
-    """Yield the rows of a CSV or TSV file. The header decides whether tabs, commas or semicolons separate its cells."""
+    """Yield the rows of a CSV or TSV file. The header decides whether tabs, commas or semicolons separate the cells."""
     csv.field_size_limit(MAX_CELL)
     lines = _Lines(path)
     header, dialect = _csv_header(lines, path)
@@ -155,7 +155,7 @@ def csv_rows(path: Path, bad: BadLines) -> Iterator[Row]:
 
 
 def _by_column(cells: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the cells of a row by column. Of columns with the same name, the first with a value counts."""
+    """Return the cells of a row by column. If columns have the same name, the first one with a value counts."""
     values: dict[str, Any] = {}
     for name, cell in cells:
         if values.get(name) in (None, ""):
@@ -164,20 +164,20 @@ def _by_column(cells: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _csv_header(lines: _Lines, path: Path) -> tuple[list[str], dict[str, Any]]:
-    """Read the header. Return its cells, and the arguments of csv.reader."""
+    """Read the header, and return its cells and the arguments for csv.reader."""
     line = next((line for line in lines if line.strip()), "")
     separator = SEPARATOR.fullmatch(line.strip())
     if separator:
         line = next((line for line in lines if line.strip()), "")
     dialect: dict[str, Any] = {"delimiter": separator[1] if separator else max("\t,;", key=line.count)}
-    dialect["strict"] = True  # otherwise an open quote swallows the rows up to the next one
+    dialect["strict"] = True  # otherwise, an open quote swallows all rows up to the next quote
     with explained(f"{path}: the header is not valid CSV", csv.Error):
         header = next(csv.reader([line], **dialect), [])
     return header, dialect
 
 
 def _csv_cells(lines: _Lines, dialect: dict[str, Any]) -> Iterator[tuple[list[str], str]]:
-    """Yield the cells of each row that is not blank, or the reason why it cannot be read."""
+    """Yield the cells of each row that is not blank, or the reason why the row cannot be read."""
     while True:
         lines.row.clear()
         try:
@@ -192,7 +192,7 @@ def _csv_cells(lines: _Lines, dialect: dict[str, Any]) -> Iterator[tuple[list[st
 
 
 class _Lines:
-    """The lines of a file. number: number of the last line read. row: lines of the current row."""
+    """The lines of a file. number: number of the last line that was read. row: lines of the current row."""
 
     def __init__(self, path: Path):
         self.number, self.row = 0, list[str]()
@@ -200,7 +200,7 @@ class _Lines:
 
     @property
     def first_number(self) -> int:
-        """Number of the first line of the current row."""
+        """Line number at which the current row starts."""
         return self.number - len(self.row) + 1
 
     def __iter__(self) -> _Lines:
@@ -212,14 +212,14 @@ class _Lines:
         return line
 
     def read_again_after_first(self) -> None:
-        """Go back to the second line of the current row, which an open quote joined with the rows below."""
+        """Go back to the second line of the current row, because an open quote joined it with the rows below."""
         first = self.first_number
         self._again.extendleft(reversed(list(enumerate(self.row[1:], start=first + 1))))
         self.number = first
 
 
 def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
-    """Yield the rows of the first sheet of an Excel workbook. Raises UserError if it is damaged or expands too far."""
+    """Yield the rows of the first sheet of an Excel workbook. Raises UserError if it is damaged or too large."""
     try:
         import openpyxl
     except ModuleNotFoundError as error:
@@ -238,11 +238,13 @@ def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
                 header = values
             else:
                 count += 1
-                cells_by_name = itertools.zip_longest(header, map(_plain_cell, values))  # some programs leave out cells
+                cells_by_name = itertools.zip_longest(
+                    header, map(_plain_cell, values)
+                )  # some programs leave out trailing cells
                 value = _by_column((str(name), cell) for name, cell in cells_by_name if name is not None)
                 yield Row(bad, path, number, str(value), count, value)
         if filled := [other.title for other in others if any(map(any, other.iter_rows(values_only=True)))]:
-            log.warning("%s: only the sheet %s is read; not read: %s", path, sheet.title, ", ".join(filled))
+            log.warning("%s: reading only the sheet %s; not read: %s", path, sheet.title, ", ".join(filled))
     except (UserError, GeneratorExit):
         raise
     except Exception as error:  # openpyxl raises whatever its parsers raise
@@ -251,7 +253,7 @@ def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
 
 
 def _plain_cell(value: Any) -> Any:
-    """Return whole numbers and dates as Excel shows them."""
+    """Return a cell's value, with whole numbers and dates as Excel shows them."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     return value if value is None or isinstance(value, (str, int, float)) else str(value)

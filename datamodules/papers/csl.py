@@ -1,4 +1,4 @@
-"""Libraries and works as JSON: Zotero (its API, and Better BibTeX), CSL JSON, and Crossref's works."""
+"""Libraries and works in JSON: Zotero (API and Better BibTeX), CSL JSON, and Crossref's works."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def zotero_paper(record: Record) -> Paper | None:
 
 
 def _related(item: Record) -> list[str]:
-    """Return the keys of the items that the user has marked as related: the links of a Zotero library."""
+    """Return the keys of the items that the user marked as related, which are the links of a Zotero library."""
     relations = item.get("relations")
     related = relations.get("dc:relation", []) if isinstance(relations, dict) else []
     urls = related if isinstance(related, list) else [related]
@@ -85,7 +85,7 @@ def csl_paper(record: Record) -> Paper:
 
 
 def _strings(record: Record, key: str) -> list[str]:
-    """Return a list of strings, or the only string, under a key."""
+    """Return the list of strings under a key. A single string counts as a list."""
     value = record.get(key)
     values = [value] if isinstance(value, str) else record.array(key)
     if not all(isinstance(text, str) for text in values):
@@ -94,7 +94,7 @@ def _strings(record: Record, key: str) -> list[str]:
 
 
 def _issued(record: Record) -> int | None:
-    """Return the year of {"date-parts": [[2015, 3]]}, or of a date in words."""
+    """Return the year of {"date-parts": [[2015, 3]]}, or of a date as text."""
     issued: Any = record.get("issued") or record.get("published")
     if not isinstance(issued, dict):
         return year_of(issued)

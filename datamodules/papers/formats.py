@@ -21,11 +21,11 @@ from datamodules.readers.tables import read_tables
 from datamodules.records import UserError, check_choice
 
 log = logging.getLogger(__name__)
-PAGES = ("results", "data", "items")  # keys of the list of records in a page of an API
+PAGES = ("results", "data", "items")  # keys under which pages of an API list their records
 
 
 def json_rows(path: Path, bad: BadLines) -> Iterator[Row]:
-    """Yield the records of JSON lines, of a JSON list, or of pages of an API (objects with a list of records)."""
+    """Yield the records of JSON lines, a JSON list, or pages of an API (objects with a list of records)."""
     if is_list(path):
         return read_entries(path, bad)
     lines = (line.strip() for _, line in numbered_lines(path))
@@ -66,9 +66,9 @@ def _page_rows(path: Path, bad: BadLines) -> Iterator[Row]:
 
 @dataclass(frozen=True)
 class Format:
-    """A format of papers.
+    """A file format for papers.
 
-    suffixes: suffixes of its files, without .gz or .zst.
+    suffixes: file suffixes, without .gz or .zst.
     rows: function that yields the records of a file.
     paper: function that turns a record into a paper, or into None if it is not one.
     recognises: function that returns whether a JSON record has this format; None if the suffix decides.
@@ -105,9 +105,10 @@ def files_of(source: Path) -> list[Path]:
     """Return a file, or all files below a folder that may contain papers. Raises UserError if there are none.
 
     Files without a suffix are included if they are compressed, because OpenAlex's snapshot has names like part_000.gz.
-    If the folder is the output of an import, only papers.jsonl is returned. Outputs of imports inside it are skipped.
+    If the folder is the output of an import, only its papers.jsonl is returned. Outputs of imports inside the folder
+    are skipped.
     """
-    if os.path.isfile(source):  # unlike Path.is_file, it accepts names that are too long to exist
+    if os.path.isfile(source):  # unlike Path.is_file, this accepts names that are too long to exist
         return [source]
     if not os.path.isdir(source):
         raise UserError(f"{source}: no such file or folder")
@@ -123,18 +124,18 @@ def files_of(source: Path) -> list[Path]:
 
 
 def warn_of_unread(source: Path, files: Sequence[Path]) -> None:
-    """Log how many files of a folder are not read, by suffix, and the outputs of imports in it.
+    """Log how many files of a folder are not read, by suffix, and which outputs of imports are skipped.
 
-    files: those that are read.
+    files: files that are read.
     """
     if not os.path.isdir(source) or _is_import(source):
         return
     if imports := _imports_in(source):
-        log.warning("%s: not read, because it is the output of an import: %s", source, ", ".join(map(str, imports)))
+        log.warning("%s: not read, because these are outputs of imports: %s", source, ", ".join(map(str, imports)))
     unread = Counter(path.suffix.lower() or path.name for path in set(_visible(source)) - set(files))
     if unread:
         shown = ", ".join(f"{count:,} x {suffix}" for suffix, count in unread.most_common(8))
-        log.warning("%s: not read, because their suffix is not that of a format of papers: %s", source, shown)
+        log.warning("%s: not read, because of an unknown suffix: %s", source, shown)
 
 
 def _is_import(folder: Path) -> bool:
@@ -146,7 +147,7 @@ def _imports_in(folder: Path) -> list[Path]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    """Return the files below a folder, except those of imports and hidden ones, such as those of a killed import."""
+    """Return the files below a folder, except outputs of imports and hidden files, which a killed import may leave."""
     imports = set(_imports_in(folder))
     return sorted(
         path
@@ -159,7 +160,7 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def format_of(path: Path) -> str:
-    """Return the name of a file's format, by its suffix and its first record. Raises UserError if it is unknown."""
+    """Recognise a file's format by its suffix and first record. Raises UserError if the format is unknown."""
     with open(path, "rb") as file:
         start = file.read(2)
     if start in (b"\xff\xfe", b"\xfe\xff"):
@@ -176,7 +177,7 @@ def format_of(path: Path) -> str:
         try:
             record = as_object(row)
         except UserError:
-            continue  # reported when the file is read
+            continue  # will be reported when the file is read
         return next(name for name, format in FORMATS.items() if format.recognises and format.recognises(record))
     raise UserError(f"{path}: contains no JSON objects")
 
@@ -184,10 +185,10 @@ def format_of(path: Path) -> str:
 def read_papers(
     files: Sequence[Path], bad: BadLines, format: str = "", names: Mapping[str, str] | None = None
 ) -> Iterator[Paper | None]:
-    """Yield the paper of each record, or None for a record that is not a paper, such as a note of Zotero.
+    """Yield the paper of each record, or None if the record is not a paper, such as a note in Zotero.
 
-    format: one of FORMATS for all files, by default recognised for each.
-    names: names of the columns of tables, if they are not the usual ones.
+    format: one of FORMATS, for all files; by default, the format of each file is recognised.
+    names: names of table columns, if they differ from the usual ones.
     """
     for path in files:
         name = check_choice("format", format, list(FORMATS)) if format else format_of(path)
@@ -198,7 +199,7 @@ def read_papers(
             count += 1
             papers, record = [], None  # no paper if the row is bad
             with row:
-                is_null = row.entry is not None and row.value is None  # an API's answer for an unknown id
+                is_null = row.entry is not None and row.value is None  # an API answers null for an unknown id
                 record = None if is_null else as_object(row)
                 papers.append(None if record is None else make(record))
             if must_check_columns and record is not None:
@@ -206,4 +207,4 @@ def read_papers(
                 must_check_columns = False
             yield from papers
         if not count:
-            log.warning("%s: no record was read as %s; if the file has another format, set it as format", path, name)
+            log.warning("%s: no record could be read as %s; if the file has another format, set format", path, name)

@@ -14,11 +14,12 @@ from datamodules.papers.paper_record import Paper
 from datamodules.papers.splits import Splits
 from datamodules.records import UserError
 
-# papers     a paper per row; number is its order in the files
-# names      number of the paper that an id, or another name such as a DOI, stands for
+# papers     one paper per row; number: position in the files
+# names      id or other name of a paper, such as a DOI -> number of the paper
 # citations  names of citing and cited papers, as in the files
-# labelled   labels of each paper. labels: name and definition of each label, as in its first paper
-# parts      abstracts that came in files of their own
+# labelled   labels of each paper
+# labels     name and definition of each label, as in the first paper that has it
+# parts      abstracts from separate files
 SCHEMA = """
 PRAGMA journal_mode = OFF;
 PRAGMA synchronous = OFF;
@@ -33,21 +34,21 @@ CREATE TABLE parts (id TEXT PRIMARY KEY, abstract TEXT) WITHOUT ROWID;
 
 
 def with_counts(left_out: Mapping[str, int]) -> str:
-    """Return the reasons for which records are left out, each with its number."""
+    """List the reasons why records were left out, each with a count."""
     return "; ".join(f"{reason}: {count:,}" for reason, count in left_out.items())
 
 
 class EmptyLibrary(UserError):
-    """The files have no papers."""
+    """Raised if the files contain no papers."""
 
 
 class Library:
-    """The papers of all files, without duplicates and papers without text.
+    """The papers of all files, without duplicates and without papers that have no text.
 
         with library_in(Splits("80/10/10")) as library:
             library.read(papers)
 
-    left_out: number of records that are not papers of the library, by reason.
+    left_out: number of records left out of the library, by reason.
     num_records: number of records in the files, except bad ones.
     """
 
@@ -55,12 +56,12 @@ class Library:
         self.database, self.splits = connection, splits
         self.database.create_function("fold", 1, str.casefold, deterministic=True)
         self.database.executescript(SCHEMA)
-        self.database.execute("BEGIN")  # a transaction per paper would write its pages each time
+        self.database.execute("BEGIN")  # with one transaction per paper, SQLite would write to disk for each paper
         self.left_out: Counter[str] = Counter()
         self.num_records = 0
 
     def read(self, papers: Iterable[Paper | None]) -> None:
-        """Store all papers. Raises EmptyLibrary if none remains."""
+        """Store all papers. Raises EmptyLibrary if no paper is left."""
         for paper in papers:
             self.num_records += 1
             if paper is None:
@@ -101,9 +102,9 @@ class Library:
                 execute("INSERT OR IGNORE INTO labelled VALUES (?, ?, ?)", (number, kind, label.id))
 
     def _of_same_work(self, paper: Paper) -> tuple[int, str] | None:
-        """Return number and id of the earlier paper with a DOI of this one, if they have the same title.
+        """Return the number and id of an earlier paper with the same DOI and title, if any.
 
-        All papers of a volume may have its DOI.
+        The title counts too, because all papers of a volume may have the volume's DOI.
         """
         select = "SELECT number, id, title FROM names JOIN papers USING (number) WHERE name = ?"
         for name in paper.names:
@@ -140,7 +141,7 @@ class Library:
         return self.count("papers")
 
     def count(self, rest: str) -> int:
-        """Return the number of rows of a table, with the conditions that follow its name."""
+        """Count the rows of a table. rest: name of the table and conditions, in SQL."""
         return self.database.execute(f"SELECT count(*) FROM {rest}").fetchone()[0]
 
     def write(self, path: Path) -> None:
@@ -160,13 +161,13 @@ class Library:
 
 
 def _plain(title: str) -> str:
-    """Return a title without what differs between databases: case, spaces and punctuation."""
+    """Return a title without case, spaces and punctuation, which differ between databases."""
     return "".join(filter(str.isalnum, title.casefold()))
 
 
 @contextmanager
 def library_in(splits: Splits, folder: Path | None = None) -> Iterator[Library]:
-    """Open an empty library in a temporary folder, and delete it at the end.
+    """Open an empty library in a temporary folder, which is deleted at the end.
 
     splits: rule that gives each paper a split. folder: parent of the temporary folder.
     """
@@ -174,7 +175,7 @@ def library_in(splits: Splits, folder: Path | None = None) -> Iterator[Library]:
         connection = sqlite3.connect(Path(temporary) / "papers.sqlite", isolation_level=None)
         try:
             yield Library(connection, splits)
-        except sqlite3.OperationalError as error:  # a full disk, most likely
-            raise UserError(f"{temporary}: the temporary file of the papers cannot be used ({error})") from error
+        except sqlite3.OperationalError as error:  # most likely, the disk is full
+            raise UserError(f"{temporary}: the temporary database cannot be used ({error})") from error
         finally:
             connection.close()

@@ -1,4 +1,4 @@
-"""OpenAlex: works of the API or of the snapshot (docs.openalex.org, the Work object)."""
+"""OpenAlex: works from the API or the snapshot (docs.openalex.org, the Work object)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one record that every format is turned into, and the functions that clean its fields."""
+"""The record that every format is converted to, and functions that clean its fields."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Paper:
     year: year of publication, if known.
     labels: labels by kind, one of LABEL_KINDS.
     references: ids or other names of the papers that it cites.
-    names: other names under which papers cite it, such as "doi:10.1234/x".
-    split: split that its file gives it: "train", "dev", "test", or "" for none.
-    is_part: whether the record has only the abstract or the references of the paper with this id.
+    names: other names under which it is cited, such as "doi:10.1234/x".
+    split: split named in the file ("train", "dev" or "test"), or "".
+    is_part: whether the record only has the abstract or the references of the paper with this id.
     """
 
     id: str
@@ -78,7 +78,7 @@ def without_blanks(id: str) -> str:
 
 
 def without_tags(text: str) -> str:
-    """Return the text of a string with HTML or JATS markup."""
+    """Remove HTML or JATS markup from a string."""
     if "<" in text:
         text = re.sub(r"<jats:title>\s*abstract\s*</jats:title>", " ", text, flags=re.IGNORECASE)
         text = TAG.sub(lambda match: "" if match[0].strip("</>").lower() in INLINE else " ", text)
@@ -96,13 +96,13 @@ def year_of(value: Any) -> int | None:
 
 
 def doi_names(value: Any) -> list[str]:
-    """Return the name "doi:10.1234/x" of a DOI or its URL in a list, which is empty if the value is not a DOI."""
+    """Return ["doi:10.1234/x"] for a DOI or its URL, or [] if the value is not a DOI."""
     match = DOI.search(value) if isinstance(value, str) else None
     return [f"doi:{match[0].lower()}"] if match else []
 
 
 def labels_of(names: Iterable[Any], key: str) -> list[Label]:
-    """Return labels that have only a name. Names that differ only in case or spaces make one label."""
+    """Make labels from names. Names that only differ in case or spaces give the same label."""
     labels = []
     for name in names:
         if not isinstance(name, str):
@@ -113,14 +113,14 @@ def labels_of(names: Iterable[Any], key: str) -> list[Label]:
 
 
 def label(record: Record, id_key: str, name_key: str) -> Label:
-    """Return the label whose id and name an object has under these keys."""
+    """Return the label of an object. id_key, name_key: keys of the label's id and name."""
     return Label(without_blanks(record.id(id_key)), clean(record.words(name_key), name_key))
 
 
 def split_list(text: str, separators: str = ";|") -> list[str]:
     """Split a string such as "a; b; c" at the first of the separators that it contains.
 
-    Full-width and Arabic forms of a separator are the same as the separator.
+    Full-width and Arabic forms of a separator count as that separator.
     """
     items = [text]
     for separator in separators:
@@ -132,7 +132,7 @@ def split_list(text: str, separators: str = ";|") -> list[str]:
 
 
 def first_text(record: Record, *keys: str) -> str:
-    """Return the string under the first key that has one which is not empty, or ""."""
+    """Return the first non-empty string under one of the keys, or ""."""
     return next((text for key in keys if (text := record.text(key))), "")
 
 

@@ -17,7 +17,7 @@ RECORDS = {"PubmedArticleSet": "PubmedArticle", "MedlineCitationSet": "MedlineCi
 
 
 def rows(path: Path, bad: BadLines) -> Iterator[Row]:
-    """Yield the articles as objects, and other elements such as books as None, one at a time.
+    """Yield each article as an object, and other elements, such as books, as None.
 
     Raises UserError if the XML is damaged or defines entities.
     """
@@ -30,7 +30,7 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
 
 
 def _as_object(article: ElementTree.Element) -> dict[str, Any]:
-    """Return the parts of an article that are read, so that wrong ones are errors of its row."""
+    """Return the parts of an article that are read, unchecked, so that errors in them belong to its row."""
     citation = article if article.tag == "MedlineCitation" else article.find("MedlineCitation")
     if citation is None:
         return {}
@@ -57,13 +57,13 @@ def _ids(article: ElementTree.Element, citation: ElementTree.Element) -> Iterato
 
 
 def _reference(ids: ElementTree.Element) -> str:
-    """Return the PMID of a cited paper, or the name of its DOI, or ""."""
+    """Return the PMID of a cited paper, or else the name of its DOI, or ""."""
     by_type = {id.get("IdType"): _text(id) for id in ids}
     return by_type.get("pubmed") or next(iter(doi_names(by_type.get("doi"))), "")
 
 
 def _text(element: ElementTree.Element | None) -> str:
-    """Return the text of an element, also that inside <i>, <sub> and so on."""
+    """Return the text of an element, including the text inside <i>, <sub> and so on."""
     return "" if element is None else re.sub(r"\s+", " ", "".join(element.itertext())).strip()
 
 

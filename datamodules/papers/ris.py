@@ -22,7 +22,7 @@ from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError, explained, short
 
 TAGGED = re.compile(r"[A-Z][A-Z0-9]  -")
-MAX_LINES = 100_000  # lines of one record
+MAX_LINES = 100_000  # maximum number of lines per record
 TITLES, ABSTRACTS = ("title", "primary_title"), ("abstract", "notes_abstract")
 YEARS = ("year", "publication_year", "date")
 
@@ -40,9 +40,9 @@ def rows(path: Path, bad: BadLines) -> Iterator[Row]:
 
 
 def _records(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the first line number and the lines of each record, which ends at ER or before the next TY.
+    """Yield each record's first line number and lines. A record ends at ER, or before the next TY.
 
-    Lines outside of records that have no tag, such as the header of some databases, are skipped.
+    Lines outside records are skipped if they have no tag, such as the headers of some databases.
     """
     number, lines = 0, list[str]()
     for line_number, line in numbered_lines(path):

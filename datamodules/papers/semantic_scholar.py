@@ -1,6 +1,6 @@
-"""Semantic Scholar: pages and batches of the API, and the bulk data sets papers, abstracts, s2orc and citations.
+"""Semantic Scholar: pages and batches from the API, and the bulk data sets papers, abstracts, s2orc and citations.
 
-The bulk data sets may be in one folder; abstracts and citations then belong to the papers with the same corpusid.
+The bulk data sets may be in one folder. Abstracts and citations belong to the papers with the same corpusid.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from datamodules.papers.paper_record import Paper, doi_names, labels_of, objects
 from datamodules.readers.rows import Record
 from datamodules.records import UserError, short
 
-WRAPPERS = ("citedPaper", "citingPaper")  # entries of the endpoints "references" and "citations"
+WRAPPERS = ("citedPaper", "citingPaper")  # keys in entries of the endpoints "references" and "citations"
 KEYS = {"paperId", "corpusId", "corpusid", "citingcorpusid", *WRAPPERS}
 
 
@@ -28,7 +28,7 @@ def paper(record: Record) -> Paper | None:
         return Paper(record.id("citingcorpusid"), references=[cited] if cited else [], is_part=True)
     id, corpus_id = optional_id(record, "paperId"), _corpus_id(record)
     if not id and not corpus_id and "paperId" in record:
-        return None  # the API returns papers that it does not know as {"paperId": null, "title": ...}
+        return None  # the API returns unknown papers as {"paperId": null, "title": ...}
     external: dict[str, Any] = next((record[key] for key in ("externalIds", "externalids") if record.get(key)), {})
     if not isinstance(external, dict):
         raise UserError(f"externalIds must be an object, got {short(external)}")

@@ -14,9 +14,11 @@ from datamodules.records import UserError
 class Splits:
     """A rule that gives each paper a split.
 
-    rule: "80/10/10": percentages of train, dev and test, by a hash of the id. "2015": papers up to that year are for
-        training, later ones for testing. "2015/2018": those between are the dev split. "given": the file has a column
-        or key "split".
+    rule: one of
+        "80/10/10"    percentages of train, dev and test, by a hash of the id
+        "2015"        last year of train; later papers are test
+        "2015/2018"   last years of train and dev; later papers are test
+        "given"       the file has a column or key "split"
     """
 
     rule: str = "80/10/10"
@@ -37,11 +39,11 @@ class Splits:
 
     @property
     def needs(self) -> str:
-        """What the rule needs of a paper: a year, or a split."""
+        """The field of a paper that the rule needs: "year" or "split"."""
         return "split" if self.rule == "given" else "year"
 
     def of(self, paper: Paper) -> str:
-        """Return the split of a paper, or "" if it lacks what the rule needs."""
+        """Return the split of a paper, or "" if the paper lacks a year or split that the rule needs."""
         if self.rule == "given":
             return paper.split
         numbers = self._numbers()

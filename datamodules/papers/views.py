@@ -1,4 +1,4 @@
-"""The collections that a library gives, one for each kind of task: labels, citations and searches of its papers."""
+"""Make collections from a library, one for each kind of task: labels, citations and searches of its papers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SEARCHES = ("title", "keywords")
 
 
 class EmptyView(UserError):
-    """No query for training can be made from the papers."""
+    """Raised if the papers give no query for training."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class ViewOptions:
     """
 
     labels: tuple[str, ...] = option(
-        (), "kinds of labels; by default the first one with two labels that are frequent enough", choices=LABEL_KINDS
+        (), "kinds of labels; by default, the first kind with two labels that are frequent enough", choices=LABEL_KINDS
     )
-    min_papers: int = option(5, "minimum number of papers for each label", minimum=1)
+    min_papers: int = option(5, "minimum number of papers per label", minimum=1)
     definitions: str = option("", "file with the definitions of labels, by id or name (see readers.labels.read_labels)")
     search: str = option(
-        "title", "title: titles find abstracts. keywords: the keywords of a paper find it. Otherwise a file of queries"
+        "title", "title: titles find their abstracts. keywords: keywords find their paper. Otherwise, a file of queries"
     )
 
     def __post_init__(self) -> None:
@@ -59,11 +59,12 @@ class ViewOptions:
 class View(ABC):
     """A collection made from a library: documents, and queries with their relevant documents.
 
-    num_documents: size of the corpus. kind: what its documents are, such as "labels".
+    num_documents: size of the corpus.
+    kind: kind of documents, such as "labels".
     queries, pairs: number of queries, and of pairs with a grade above 0, in each split.
-    left_out: number of papers, labels or queries that are left out, by reason.
+    left_out: number of papers, labels or queries left out, by reason.
 
-    Raises EmptyView without a query for training.
+    Raises EmptyView if there is no query for training.
     """
 
     kind = "papers"
@@ -108,7 +109,7 @@ class View(ABC):
 
 
 class Labels(View):
-    """Queries are papers, and the corpus is their labels."""
+    """Queries are papers, and the corpus has their labels."""
 
     kind = "labels"
     nothing = "no label for training"
@@ -151,7 +152,7 @@ class Labels(View):
         return next(((kind,) for kind in LABEL_KINDS if counts.get(kind, 0) >= 2), LABEL_KINDS[:1])
 
     def _define(self) -> None:
-        """Take definitions from a file, for labels with the same id or name."""
+        """Read definitions from a file, for labels with the same id or name."""
         by_key: dict[str, str] = {}
         for label in read_labels(Path(self.options.definitions), self.bad).values():
             by_key.setdefault(label.title.casefold(), label.text)
@@ -166,7 +167,7 @@ class Labels(View):
 
 
 class Citations(View):
-    """Queries and corpus are papers; the papers that a paper cites are relevant."""
+    """Queries and documents are papers. The papers that a paper cites are relevant to it."""
 
     nothing = "no reference from one paper of the files to another"
 
@@ -190,7 +191,7 @@ class Citations(View):
 
 
 class Searches(View):
-    """Search papers by title, by keywords, or by queries from a file. For titles, the corpus is only the abstracts."""
+    """Search papers by title, by keywords, or by queries from a file. For titles, the corpus only has the abstracts."""
 
     queries_sql = "SELECT id, '', text FROM queries WHERE number IN (SELECT query FROM {judged}) ORDER BY number"
 
@@ -208,7 +209,7 @@ class Searches(View):
             self._from_file(Path(self.options.search))
 
     def _from_papers(self, name: str) -> None:
-        """Make a query of each paper. Papers with the same title or keywords share a query and its split."""
+        """Make a query from each paper. Papers with the same title or keywords share a query and its split."""
         execute, count = self.database.execute, self.library.count
         if name == "title":
             texts = "SELECT number, title AS text FROM papers WHERE title <> '' AND abstract <> ''"
@@ -262,7 +263,7 @@ class Searches(View):
         self.database.executemany(f"INSERT OR IGNORE INTO {self.judged} VALUES (?, ?, ?, ?, ?)", rows)
 
     def _grades_of_papers(self, record: Record) -> dict[_JudgedPaper, int]:
-        """Return the grade of each judged paper of the library, and count those of other papers as left out."""
+        """Return the grade of each judged paper in the library. Other judged papers are counted as left out."""
         if isinstance(record.get("positives"), dict):
             positives = record.grades("positives")
         else:
@@ -274,7 +275,7 @@ class Searches(View):
             row = self.database.execute(select, [name]).fetchone()
             missing += row is None
             if row and grades.setdefault(_JudgedPaper(*row), grade) != grade:
-                raise UserError(f"the paper {row[0]!r} has two grades, under two of its names")
+                raise UserError(f"the paper {row[0]!r} has two grades, under two different names")
         self.left_out["ids of papers that are not in the files"] += missing
         return grades
 
@@ -285,7 +286,7 @@ class _JudgedPaper(NamedTuple):
 
 
 def _ids(record: Record, key: str) -> list[str]:
-    """Return a list of ids, or the ids of a text in which ; separates them."""
+    """Return a list of ids, given as a list or as text with ; between them."""
     value = record.get(key)
     return split_list(value, ";|, ") if isinstance(value, str) else record.ids(key)
 

@@ -1,4 +1,4 @@
-"""Readers, one file per format. Each turns its format into a Collection."""
+"""Readers, one file per format. Each reader turns its format into a Collection."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ IMPORT = "Libraries and dumps of papers are imported first (docs/import.md)"
 
 
 def reader_class_of(folder: str | Path) -> type[BeirReader] | type[JsonlReader]:
-    """Return the reader for a folder, BEIR or our own JSON lines, by the names of its files.
+    """Return the reader for a folder, which is in BEIR layout or our own JSON lines, by the names of its files.
 
-    Raises UserError if the folder does not exist, or has neither layout or both.
+    Raises UserError if the folder does not exist, or has neither layout, or both.
     """
     folder = Path(folder)
     if folder.is_file():

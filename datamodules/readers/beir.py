@@ -26,10 +26,10 @@ class BeirReader(FolderReader, SinkReader):
     """Reader of a folder in BEIR layout.
 
         folder/corpus.jsonl    {"_id": ..., "title": ..., "text": ...} per line
-        folder/queries.jsonl   the same, title optional
+        folder/queries.jsonl   the same; the title is optional
         folder/qrels/SPLIT.tsv a header, then query-id <tab> corpus-id <tab> score (an integer; above 0 is relevant)
 
-    Every file may be compressed as .gz or .zst. "abstract" is read where "text" is missing or blank. The dev split may
+    Every file may be compressed as .gz or .zst. "abstract" is read if "text" is missing or blank. The dev split may
     also be named validation, valid or val; a warning names other files in qrels/.
     """
 
@@ -67,7 +67,7 @@ def _document(record: Record, may_be_blank: bool) -> Document:
 
 
 def read_qrels(judgements: Judgements) -> Qrels:
-    """Add the judgements of a qrels file, and return all of them. A first line without a number is its header."""
+    """Add the judgements of a qrels file, and return all judgements. A first line without a number is a header."""
     for index, row in enumerate(read_lines(judgements.path, judgements.bad)):
         columns = row.text.split("\t")
         if (
@@ -113,7 +113,7 @@ class BeirWriter:
             check_name("split", split)
             self._qrels[split] = _open_for_writing(self.folder / "qrels" / f"{split}.tsv", compress=False)
             self._qrels[split].write("query-id\tcorpus-id\tscore\n")
-        _check_id(document)  # it may be missing from the corpus
+        _check_id(document)  # the document may be missing from the corpus
         self._qrels[split].write(f"{query}\t{document}\t{grade}\n")
 
     def _write(self, name: str, document: Document) -> None:

@@ -18,7 +18,7 @@ class BeirHubReader(LineReader):
     """Reader of a data set on the hub, or of a folder that `datasets` can load. Needs `pip install datasets`."""
 
     dataset: str = option(
-        REQUIRED, 'name such as BeIR/scifact. Its configs "corpus" and "queries" have rows {"_id", "title", "text"}'
+        REQUIRED, 'name, such as BeIR/scifact. The configs "corpus" and "queries" have rows {"_id", "title", "text"}'
     )
     qrels: str | None = option(
         None,

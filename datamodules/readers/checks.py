@@ -1,4 +1,4 @@
-"""Checks of values in files, and ids and splits for files without them."""
+"""Check values in files, and make ids and splits for files without them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from datamodules.records import UserError, short
 
 SPLITS = ("train", "dev", "test")
-# Names of splits in published data sets, in order of preference. A split "evaluation" is used as the test split.
+# Names of splits in published data sets, in order of preference. "evaluation" counts as the test split.
 SPLIT_NAMES = dict.fromkeys(("train", "training"), "train")
 SPLIT_NAMES |= dict.fromkeys(("dev", "validation", "valid", "val", "development"), "dev")
 SPLIT_NAMES |= dict.fromkeys(("test", "evaluation"), "test")
@@ -42,7 +42,7 @@ def check_id(value: Any, key: str) -> str:
 
 
 def check_grade(value: Any, key: str = "score") -> int:
-    """Return a whole number, given as a number (1, 1.0) or a string ("1", "1.0"). Raises UserError otherwise."""
+    """Return an integer grade, given as a number (1, 1.0) or a string ("1", "1.0"). Raises UserError otherwise."""
     if isinstance(value, str) and len(value) < 20 and (match := re.fullmatch(r"([+-]?[0-9]+)(\.0*)?", value)):
         value = int(match[1])
     if isinstance(value, float) and value.is_integer():
@@ -53,7 +53,7 @@ def check_grade(value: Any, key: str = "score") -> int:
 
 
 def first_ids(ids: Sequence[str]) -> str:
-    """Return the first five ids, for an error."""
+    """Return the first five ids, for an error message."""
     return ", ".join(map(repr, ids[:5])) + (", ..." if len(ids) > 5 else "")
 
 
@@ -71,7 +71,7 @@ def stable_hash(text: str) -> int:
 
 
 def check_percentages(dev: int, test: int) -> None:
-    """Raise UserError unless the percentages of two splits leave some papers for training."""
+    """Raise UserError if the percentages of the two splits leave no papers for training."""
     if min(dev, test) < 0 or dev + test >= 100:
         raise UserError(
             "dev_percent, test_percent: expected numbers of at least 0 that add up to less than 100, "
@@ -82,7 +82,7 @@ def check_percentages(dev: int, test: int) -> None:
 def split_of(
     id: str, dev_percent: int, test_percent: int, year: int | None = None, train_until: int | None = None
 ) -> str:
-    """Return the split of a paper, chosen by a hash of its id.
+    """Choose the split of a paper by a hash of its id.
 
     train_until: last year of the training papers. Later papers form the test split, and test_percent is ignored.
     """

@@ -1,4 +1,4 @@
-"""Base classes of readers, and functions that collect documents and judgements and check them (UserError)."""
+"""Base classes of readers, and functions that collect and check documents and judgements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ JudgementTarget = Callable[[str, str, int], None]  # receives query id, document
 
 @dataclass(kw_only=True)
 class LineReader(ABC):
-    """Base class of readers of files that may have bad lines. The fields of a reader are its arguments."""
+    """Base class of readers for files that may have bad lines. The fields of a reader are its arguments."""
 
     on_error: str = option("fail", "policy for bad lines: fail, or skip them (see BadLines)", choices=BadLines.POLICIES)
     quarantine: str | None = option(None, "file for skipped lines (see BadLines)")
@@ -35,12 +35,12 @@ class LineReader(ABC):
 
     @abstractmethod
     def collect(self, bad: BadLines) -> Collection:
-        """Read and check all data, under a policy for bad lines."""
+        """Read and check all data. bad: policy for bad lines."""
 
 
 @dataclass
 class FolderReader(LineReader):
-    """Base class of readers of one folder, whose files may be compressed as .gz or .zst."""
+    """Base class of readers for one folder, whose files may be compressed as .gz or .zst."""
 
     folder: str
 
@@ -59,14 +59,14 @@ class FolderReader(LineReader):
 
 
 class SinkReader(LineReader):
-    """Base class of readers that never hold all of their data in memory."""
+    """Base class of readers that never hold all their data in memory."""
 
     @abstractmethod
     def write(self, sink: Sink, bad: BadLines) -> None:
-        """Write the data to a sink, under a policy for bad lines."""
+        """Write the data to a sink. bad: policy for bad lines."""
 
     def stream(self, sink: Sink) -> None:
-        """Write the data to a sink. Raises UserError as `read` does."""
+        """Write the data to a sink. Raises UserError like `read`."""
         sink.keep_first = self.on_error == "skip"
         with BadLines(self.on_error, self.quarantine) as bad:
             self.write(sink, bad)
@@ -78,14 +78,14 @@ class SinkReader(LineReader):
 
 
 def add_id(values: dict[str, Any], id: str, value: Any) -> None:
-    """Add a value under an id that may occur only once."""
+    """Add a value under an id, which must be unique."""
     if id in values:
-        raise UserError(f"duplicate id {id!r}: an earlier line has it too")
+        raise UserError(f"duplicate id {id!r}, which an earlier line also has")
     values[id] = value
 
 
 def add_document(documents: dict[str, Document], document: Document) -> None:
-    """Add a document whose id may occur only once."""
+    """Add a document, whose id must be unique."""
     add_id(documents, document.id, document)
 
 
@@ -97,7 +97,7 @@ def add_documents(documents: dict[str, Document], rows: Iterable[Row], *id_keys:
 
 
 def add_repeated(documents: dict[str, Document], new: Sequence[Document]) -> None:
-    """Add all documents of a line, or none. Lines may repeat a document."""
+    """Add all documents of a line, or none if one conflicts. Lines may repeat a document."""
     added: dict[str, Document] = {}
     for document in new:
         earlier = documents.get(document.id) or added.setdefault(document.id, document)
@@ -115,26 +115,27 @@ def add_grades(qrels: dict[str, dict[str, int]], query: str, grades: Mapping[str
 
 
 def add_grade(grades: dict[str, int], query: str, document: str, grade: int) -> None:
-    """Add a judgement of a query. Raises UserError if the document has another grade already."""
+    """Add a judgement of a query. Raises UserError if the document already has another grade."""
     if (earlier := grades.setdefault(document, grade)) != grade:
         raise UserError(f"query {query!r} and document {document!r} have score {grade} here and {earlier} earlier")
 
 
 def check_known(id: str, corpus: Container[str]) -> None:
-    """Raise UserError if a query, which is given as the id of a document, is not in the corpus."""
+    """Raise UserError if a query, given as the id of a document, is not in the corpus."""
     if id not in corpus:
         raise UserError(f"query: {id!r} is not the id of a document in the corpus")
 
 
 @dataclass
 class Judgements:
-    """The judgements of one split, collected line by line from a file of its own.
+    """The judgements of one split, collected line by line from its own file.
 
-    path: the file. queries, corpus: known ids. A judged document may be missing from the corpus (see Gaps).
+    path: the file.
+    queries, corpus: known ids. A judged document may be missing from the corpus (see Gaps).
     query_file: name of the file with the queries, for errors.
     target: function that receives the judgements, instead of `qrels`.
 
-    Under "fail", `finish` reports all unknown queries together. Under "skip", each of them is a bad line.
+    Under "fail", `finish` reports all unknown queries together. Under "skip", each unknown query is a bad line.
     """
 
     path: Path
@@ -163,14 +164,14 @@ class Judgements:
         if self.unknown:
             distinct = list(dict.fromkeys(self.unknown))
             raise UserError(
-                f"{self.path}: query ids that are not in {self.query_file} (lines: {len(self.unknown)}, different ids: "
-                f"{len(distinct)}): {first_ids(distinct)}"
+                f"{self.path}: these query ids are not in {self.query_file} ({len(self.unknown)} lines, "
+                f"{len(distinct)} different ids): {first_ids(distinct)}"
             )
         return self.qrels
 
 
 class MemorySink:
-    """A sink in memory. It ignores keep_first: a second, different grade of a pair is an error of its line."""
+    """A sink in memory. It ignores keep_first: if a pair has a second, different grade, that line is an error."""
 
     def __init__(self) -> None:
         self.keep_first = False
@@ -207,7 +208,7 @@ def stream_collection(collection: Collection, sink: CollectionWriter) -> None:
 
 
 def check_collection(collection: Collection, source: Path | str) -> Collection:
-    """Return a collection that has documents, and judgements in each of its splits."""
+    """Return a collection after checking that it has documents, and that all splits have judgements."""
     if not collection.corpus:
         raise UserError(f"{source}: contains no documents")
     if not collection.qrels:

@@ -1,4 +1,4 @@
-"""CSFCube: papers graded by how similar their background, method or result is to the same facet of a query paper.
+"""CSFCube: papers graded by the similarity of their background, method or result to that of a query paper.
 
 Source: Mysore et al., CSFCube: A Test Collection of Computer Science Research Articles for Faceted Query by Example,
 NeurIPS 2021 (iesl/CSFCube).
@@ -20,13 +20,13 @@ from datamodules.records import Collection, Document, Qrels, UserError, prefixed
 
 @dataclass
 class CsfCubeReader(FolderReader):
-    """Reader of the CSFCube release. All of it is the test split, and each query has its own candidates.
+    """Reader of the CSFCube release. All data are the test split, and each query has its own candidates.
 
     folder/abstracts-csfcube-preds.jsonl           {"paper_id", "title", "abstract": [sentence]} per line
     folder/test-pid2anns-csfcube-background.json   {query: {"cands": [paper], "relevance_adju": [grade from 0 to 3]}}
     """
 
-    facet: str = option(REQUIRED, "facet in which papers are similar", choices=("background", "method", "result"))
+    facet: str = option(REQUIRED, "facet in which papers should be similar", choices=("background", "method", "result"))
 
     def sources(self) -> list[Path]:
         return list(map(self.find, ("abstracts-csfcube-preds.jsonl", f"test-pid2anns-csfcube-{self.facet}.json")))

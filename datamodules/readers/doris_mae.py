@@ -21,7 +21,7 @@ from datamodules.records import Collection, Document, UserError
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """A query with its candidates, and the aspects that it asks for."""
+    """A query with its candidates and aspects."""
 
     query: Document
     candidates: list[str]
@@ -30,21 +30,21 @@ class _Question:
 
 @dataclass
 class DorisMaeReader(FolderReader):
-    """Reader of the DORIS-MAE release. All of it is the test split.
+    """Reader of the DORIS-MAE release. All data are the test split.
 
     folder/DORIS-MAE_dataset_v1.json   one object with
         "Corpus"      [{"original_abstract": text, ...}]; the id of a paper is its index in this list
         "Query"       [{"query_text", "candidate_pool": [paper], "aspects": {aspect: [sub-aspect]}}]
         "Annotation"  [{"aspect_id", "abstract_id", "score": 0, 1 or 2}]
 
-    The text of a paper is its abstract alone, as in the authors' experiments. The corpus has only papers that are
+    The text of a paper is only its abstract, as in the authors' experiments. The corpus only has papers that are
     candidates of a query.
     """
 
     view: str = option(
         REQUIRED,
-        "grade of a candidate, by its scores in all aspects of the query. relevant: 1 if their mean is at least 1. "
-        "sum: their sum. best: 1 for the candidates with the largest sum",
+        "grade of a candidate, from its scores in all aspects of the query. relevant: 1 if the mean score is at least "
+        "1. sum: the sum of the scores. best: 1 for the candidates with the largest sum",
         choices=("relevant", "sum", "best"),
     )
 

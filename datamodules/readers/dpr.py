@@ -1,4 +1,4 @@
-"""The training files of DPR: one JSON list of questions with their positive and negative passages.
+"""DPR's training files: one JSON list of questions with their positive and negative passages.
 
 Source: Karpukhin et al., Dense Passage Retrieval, 2020; the README of facebookresearch/DPR describes the layout.
 """
@@ -26,14 +26,14 @@ NEGATIVES = ("hard_negative_ctxs", "negative_ctxs")
 
 @dataclass
 class DprReader(LineReader):
-    """Reader of files such as biencoder-nq-train.json, one for each split. At least one split is needed.
+    """Reader of files such as biencoder-nq-train.json, one file per split. At least one split is needed.
 
     An entry is {"question": ..., "answers": [...], "positive_ctxs": [...], "negative_ctxs": [...],
-    "hard_negative_ctxs": [...]}; a passage is {"title": ..., "text": ..., "passage_id" or "psg_id": ...}, and its score
-    is not used. A passage without an id gets one from its text.
+    "hard_negative_ctxs": [...]}; a passage is {"title": ..., "text": ..., "passage_id" or "psg_id": ...}. Its score is
+    not used. A passage without an id gets one from its text.
 
     The corpus has all passages of all files. Questions without a positive are left out, as in DPR, and a warning counts
-    them. Files may be compressed as .gz or .zst, and may be JSON lines. No file is held in memory.
+    them. Files may be compressed as .gz or .zst, and may be JSON lines. Files are never held in memory.
     """
 
     train: str | None = option(None, "file of the train split")
@@ -41,8 +41,8 @@ class DprReader(LineReader):
     test: str | None = option(None, "file of the test split")
     negatives: list[str] | None = option(
         None,
-        "lists whose passages get grade 0, and so become hard negatives in training; by default both. A passage that "
-        "is also a positive is not a negative",
+        "lists whose passages get grade 0 and become hard negatives in training, by default both. A passage that is "
+        "also a positive is not a negative",
         choices=NEGATIVES,
     )
 
@@ -68,7 +68,7 @@ class DprReader(LineReader):
     def _read_split(
         self, split: str, path: Path, corpus: dict[str, Document], queries: dict[str, Document], bad: BadLines
     ) -> dict[str, dict[str, int]]:
-        """Add the passages and questions of a split, and return its judgements."""
+        """Add the passages and questions of a split, and return the judgements."""
         qrels: dict[str, dict[str, int]] = {}
         left_out, negatives = 0, NEGATIVES if self.negatives is None else self.negatives
         for row in read_records(path, bad):

@@ -1,7 +1,7 @@
 """Gaps in data sets that are not damage: blank documents, texts under other keys, judged documents outside the corpus.
 
 Published data sets have them (a document of TREC-COVID is empty, and ArguAna judges five documents that it does not
-have). They are counted while the files are read, and logged as warnings at the end.
+have). They are counted during reading, and logged as warnings at the end.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Gaps:
-    """Counts of what is missing in one file.
+    """Counts of the gaps in one file.
 
-    documents: number of documents. with_text: those with a text. blank: those with neither title nor text.
-    unread: number of documents without a text, for each key that is known to hold one.
-    long: number of documents with a long string, for each key that is not read.
-    judgements: number of judgements. missing: number of judgements of each document outside the corpus.
+    documents, with_text, blank: number of documents, of those with a text, and of those with neither title nor text.
+    unread: for each key that is known to contain texts but is not read, the number of documents without other text.
+    long: for each key that is not read, the number of documents with a long string.
+    judgements: number of judgements.
+    missing: number of judgements for each document outside the corpus.
     """
 
     documents: int = 0
@@ -46,7 +47,7 @@ class Gaps:
         self.by_file: dict[Path, _Gaps] = {}
 
     def add_document(self, path: Path, document: Document, record: Mapping[str, Any]) -> None:
-        """Count a document. record: the object that it was read from."""
+        """Count a document. record: object that the document was read from."""
         gaps = self.by_file.setdefault(path, _Gaps())
         gaps.documents += 1
         if document.text.strip():
@@ -69,8 +70,8 @@ class Gaps:
     def report(self) -> None:
         """Log a warning for each kind of gap in each file.
 
-        Raises UserError if no document of a file has a title or text, or if all judged documents are missing: then the
-        file is in another format, or belongs to another corpus.
+        Raises UserError if no document of a file has a title or text, or if all judged documents are missing. In these
+        cases, the file has another format, or belongs to another corpus.
         """
         for path, gaps in self.by_file.items():
             if gaps.blank and gaps.blank == gaps.documents:
@@ -101,8 +102,8 @@ class Gaps:
             )
         if gaps.missing:
             log.warning(
-                "%s: %d of %d judgements are of documents that are not in the corpus (%d documents, the first is %r); "
-                "an evaluation counts them as not found, and training leaves them out",
+                "%s: %d of %d judgements are for documents that are not in the corpus (%d documents, first %r); an "
+                "evaluation counts them as not found, and training leaves them out",
                 *(path, gaps.missing.total(), gaps.judgements, len(gaps.missing), next(iter(gaps.missing))),
             )
 

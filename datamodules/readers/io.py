@@ -1,7 +1,7 @@
-"""Find files, and read them as text or as numbered lines; plain, .gz or .zst.
+"""Find files, and read them as text or numbered lines. Files may be plain, .gz or .zst.
 
-Text is UTF-8, with or without a byte order mark, and with any line endings. No large file is held in memory, and a file
-that cannot be read to its end always raises an error.
+Text is UTF-8, with or without a byte order mark, and with any line endings. Large files are never held in memory, and a
+file that cannot be read to its end always raises an error.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from datamodules.records import UserError
 log = logging.getLogger(__name__)
 
 MAX_LINE = 64 * 2**20  # characters; a longer line means damage, or a file without line endings
-# Texts shrink to a fifth, and repetitive ones to a fiftieth. A file made to fill a disk expands a thousandfold.
-EXPANSION, MIN_EXPANSION = 200, 2**30  # ratio, and bytes up to which any ratio is accepted
-CHUNK = 2**20  # characters
+# Compression shrinks texts to a fifth, and repetitive texts to a fiftieth. A malicious file may expand a thousandfold.
+EXPANSION, MIN_EXPANSION = 200, 2**30  # maximum ratio, and size up to which any ratio is accepted
+CHUNK = 2**20  # characters to read at a time
 SUFFIXES = ("", ".gz", ".zst")
 
 
@@ -62,10 +62,10 @@ def find_path(path: Path) -> Path:
 
 
 def find_split_files(folder: Path, *patterns: str, names: Mapping[str, str] = SPLIT_NAMES) -> dict[str, Path]:
-    """Return the file of each split that has one: the first, if there are several.
+    """Return the file of each split that has one (the first match, if there are several).
 
-    patterns: names of the file, in which SPLIT stands for the split, in order of preference.
-    names: split of each name in file names, in order of preference.
+    patterns: file names in order of preference, with SPLIT for the name of the split.
+    names: name in file names -> split, in order of preference.
     """
     files: dict[str, Path] = {}
     for name, split in names.items():
@@ -77,16 +77,16 @@ def find_split_files(folder: Path, *patterns: str, names: Mapping[str, str] = SP
 def warn_of_unread_files(folder: Path, pattern: str, read: Iterable[Path]) -> None:
     """Log a warning about files in a folder that look like splits but are not read.
 
-    pattern: glob of the files. read: files that are read.
+    pattern: glob pattern of the files. read: files that are read.
     """
     if unread := sorted(path.name for path in set(folder.glob(pattern)) - set(read) if path.is_file()):
         names = ", ".join(dict.fromkeys(SPLIT_NAMES))
-        log.warning("%s: not read: %s (a split has one file, and is named %s)", folder, ", ".join(unread), names)
+        log.warning("%s: not read: %s (a split has one file, named %s)", folder, ", ".join(unread), names)
 
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a file as text, decompressed according to its suffix. Bytes that are not UTF-8 become surrogates.
+    """Open a file as text, and decompress it according to its suffix. Bytes that are not UTF-8 become surrogates.
 
     Raises UserError if it cannot be opened.
     """
@@ -95,8 +95,8 @@ def open_text(path: Path) -> Iterator[TextIO]:
     except OSError as error:
         raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
     if path.suffix == ".zst":
-        # pyarrow is installed anyway. Unlike the reader of the package zstandard, its stream raises an error for a
-        # truncated file. It rejects files with windows of more than 128 MB (zstd --long=28 and above).
+        # pyarrow is installed anyway, and unlike the package zstandard, it raises an error for a truncated file. It
+        # rejects files with windows of more than 128 MB (zstd --long=28 and above).
         import pyarrow
 
         file = pyarrow.input_stream(file, compression="zstd")
@@ -107,7 +107,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 class _Decompressed(io.RawIOBase):
-    """The content of a compressed file. Raises UserError if it is many times larger than the file."""
+    """The content of a compressed file. Raises UserError if the content is many times larger than the file."""
 
     def __init__(self, file: BinaryIO, path: Path):
         self.file, self.path, self.size = file, path, 0
@@ -133,7 +133,7 @@ class _Decompressed(io.RawIOBase):
 
 
 def read_chunk(stream: TextIO, path: Path, number: int, size: int, whole_line: bool = False) -> str:
-    """Read up to `size` characters of a text, or of its current line. Raises UserError if the file is damaged.
+    """Read up to `size` characters of a text, or of the current line. Raises UserError if the file is damaged.
 
     number: number of lines read so far, for the error.
     """
@@ -148,7 +148,7 @@ def read_chunk(stream: TextIO, path: Path, number: int, size: int, whole_line: b
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield number and text of each line, for formats whose records are not lines.
+    """Yield the number and text of each line, for formats whose records are not lines.
 
     Raises UserError if a line is longer than MAX_LINE, or if the file cannot be read to its end.
     """
@@ -178,7 +178,7 @@ def read_lines(path: Path, bad: BadLines) -> Iterator[Row]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str, str]]:
-    """Yield number and text of each line, and why it is bad, or "". A line longer than MAX_LINE is bad, and is cut."""
+    """Yield the number and text of each line, and why it is bad, or "". Lines longer than MAX_LINE are bad, and cut."""
     number = 0
     with open_text(path) as stream:
         while line := read_chunk(stream, path, number, MAX_LINE + 1, whole_line=True):

@@ -1,7 +1,7 @@
-"""Read JSON: lines, and lists and objects that are larger than memory.
+"""Read JSON lines, and JSON lists and objects that are larger than memory.
 
-ijson reads such files too, but it stops at the first invalid entry without reporting its line. This code reports it,
-and continues after the entry under on_error="skip".
+ijson also reads such files, but it stops at the first invalid entry, and does not report the line. This code reports
+the line and, with on_error="skip", continues after the entry.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from datamodules.readers import io
 from datamodules.readers.rows import BadLines, Record, Row
 from datamodules.records import UserError, prefixed, short
 
-MAX_WHOLE = 2**28  # characters of a file that is read as a whole
+MAX_WHOLE = 2**28  # maximum number of characters of a file that is read as a whole
 
 
 def read_values(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield first line and content of each JSON value in a file. Raises UserError if one is invalid."""
+    """Yield the first line and the content of each JSON value in a file. Raises UserError if a value is invalid."""
     with io.open_text(path) as stream:
         window = _JsonWindow(stream, path)
         while window.peek():
@@ -32,7 +32,7 @@ def read_values(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def is_list(path: Path) -> bool:
-    """Return whether a file is one JSON list, by its first character."""
+    """Return whether a file is one JSON list, according to its first character."""
     with io.open_text(path) as stream:
         return _JsonWindow(stream, path).peek() == "["
 
@@ -40,15 +40,15 @@ def is_list(path: Path) -> bool:
 def read_records(path: Path, bad: BadLines) -> Iterator[Row]:
     """Yield the lines of a JSON lines file, or the entries of a file that is one JSON list.
 
-    Raises UserError as `read_entries` does.
+    Raises UserError like `read_entries`.
     """
     return read_entries(path, bad) if is_list(path) else io.read_lines(path, bad)
 
 
 def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]:
-    """Yield the entries of a file that is one JSON list, or the values of one JSON object (kind "object").
+    """Yield the entries of a file with one JSON list, or the values of one JSON object (kind "object").
 
-    An invalid entry with matching brackets is reported as bad. Raises UserError for damage between entries, because the
+    An invalid entry with matching brackets is reported as bad. Damage between entries raises UserError, because the
     start of the next entry is then unknown.
     """
     with io.open_text(path) as stream:
@@ -59,7 +59,7 @@ def read_entries(path: Path, bad: BadLines, kind: str = "list") -> Iterator[Row]
 
 
 def read_lists(path: Path, bad: BadLines) -> Iterator[tuple[int, Row]]:
-    """Yield (number of the list, entry) for a file that is one JSON list of lists. The first list has number 0.
+    """Yield (number of the list, entry) for a file with one JSON list of lists. The first list has number 0.
 
     Bad entries and damage are handled as in `read_entries`.
     """
@@ -80,7 +80,7 @@ def read_members(
     Other members are skipped. Bad entries and damage are handled as in `read_entries`. Raises UserError if a key is
     missing.
 
-    optional: further keys, which may be missing. A value that is not a list is one entry.
+    optional: further keys, which may be missing. A value that is not a list counts as one entry.
     """
     seen = set[str]()
     with io.open_text(path) as stream:
@@ -97,12 +97,12 @@ def read_members(
                 window.skip(key)
         window.end("object")
     if missing := [key for key in keys if key not in seen]:
-        raise UserError(f"{path}: the object has no {missing[0]}")
+        raise UserError(f"{path}: the JSON object lacks the key {missing[0]}")
     bad.end_of_file(path, window.num_entries)
 
 
 def read_whole_json(path: Path) -> Any:
-    """Return the one JSON value of a small file. Raises UserError if it is invalid."""
+    """Return the only JSON value in a small file. Raises UserError if it is invalid."""
     with io.open_text(path) as stream:
         text = io.read_chunk(stream, path, 0, MAX_WHOLE + 1)
     if len(text) > MAX_WHOLE:
@@ -146,9 +146,9 @@ def _entries(window: _JsonWindow, bad: BadLines, kind: str = "list") -> Iterator
 
 
 def _entry(window: _JsonWindow, bad: BadLines, count: int, what: str = "") -> Row | None:
-    """Return the value at the window's position as a row, or None if it is invalid, which is reported as bad.
+    """Return the value at the window's position as a row. If it is invalid, report it as bad and return None.
 
-    count: number of the entry. what: its name in errors, by default its number.
+    count: number of the entry. what: name of the entry in errors, by default its number.
     """
     window.num_entries += 1
     window.peek()
@@ -165,13 +165,13 @@ class _JsonWindow:
     """A window that slides over the text of a JSON file, for the standard decoder to read one value after another.
 
     text: current part of the file. position: index of the next character. line: line number of that character, from 1.
-    num_entries: number of entries read so far, with the bad ones.
+    num_entries: number of entries read so far, including bad ones.
     """
 
     DECODER = json.JSONDecoder()
     SPACE: Any = re.compile(r"[ \t\r\n]*")  # this and WORD always match
-    # A bracket, or a string up to its end or the end of the window. The quantifiers are possessive, so that an
-    # unterminated string costs linear time.
+    # A bracket, or a string up to its end or the end of the window. Possessive quantifiers make an unterminated string
+    # cost linear time.
     BRACKET = re.compile(r'[\[\]{}]|"[^"\\]*+(?:\\.[^"\\]*+)*+(?P<end>"|\\?\Z)', re.DOTALL)
     WORD: Any = re.compile(r"[^,:\[\]{}\"\s]*")
 
@@ -181,7 +181,7 @@ class _JsonWindow:
         self.num_entries = 0
 
     def peek(self) -> str:
-        """Return the next character that is not space, or "" at the end of the file."""
+        """Return the next character that is not white space, or "" at the end of the file."""
         while True:
             self._move(self.SPACE.match(self.text, self.position).end())
             if self.position < len(self.text):
@@ -191,15 +191,15 @@ class _JsonWindow:
             self._slide()
 
     def expect(self, character: str, what: str) -> None:
-        """Move past a character. Raises UserError if another one is next. what: its name in the error."""
+        """Move past a character. Raises UserError if the next character is another one. what: its name in the error."""
         if self.peek() != character:
             self._refuse(what)
         self._move(self.position + 1)
 
     def items(self, kind: str, item: str = "entry", what: str = "") -> Iterator[tuple[int, str]]:
-        """Yield number and key of each item of a list (which has no keys) or object. The caller reads its value.
+        """Yield the number and the key ("" in a list) of each item of a list or object. The caller reads the value.
 
-        kind: "list" or "object". item: name of an item in errors. what: name of the whole in errors.
+        kind: "list" or "object". item: name of an item in errors. what: name of the list or object in errors.
         """
         opening, closing = {"list": ("[", "]"), "object": ("{", "}")}[kind]
         self.expect(opening, what or f"a JSON {kind}")
@@ -222,7 +222,7 @@ class _JsonWindow:
         return key
 
     def skip(self, what: str) -> None:
-        """Move past a value, whose entries may together be larger than memory. what: its name in errors."""
+        """Move past a value, which may be larger than memory. what: name of the value in errors."""
         if self.peek() not in ("[", "{"):
             self.next_value(what)
             return
@@ -230,12 +230,12 @@ class _JsonWindow:
             self.next_value(f"entry {number}")
 
     def end(self, kind: str) -> None:
-        """Raise UserError unless the file ends here. kind: what it contains, "list" or "object"."""
+        """Raise UserError unless the file ends here. kind: content of the file, "list" or "object"."""
         if self.peek():
             raise UserError(f"{self.path}, line {self.line}: unexpected text after the JSON {kind}")
 
     def next_value(self, what: str) -> tuple[Any, str, str]:
-        """Return the next value, its text, and the reason why it is invalid, or "".
+        """Return the next value, its text, and why it is invalid, or "".
 
         Raises UserError if the value does not end within MAX_LINE characters.
         """
@@ -255,7 +255,7 @@ class _JsonWindow:
             self._slide()
 
     def _slide(self) -> None:
-        """Drop the text before the position, and at least double the rest. So long entries take linear time."""
+        """Drop the text before the position, and at least double the rest, so that long entries take linear time."""
         rest = self.text[self.position :]
         chunk = io.read_chunk(self.stream, self.path, self.line, max(io.CHUNK, len(rest)))
         self.text, self.position, self.ended = rest + chunk, 0, not chunk
@@ -269,11 +269,11 @@ class _JsonWindow:
         raise UserError(f"{self.path}, line {self.line}: expected {what}, {actual}")
 
     def _decode(self, first: str) -> tuple[Any, int | None, str]:
-        """Return value, end and error of the value at the position. The end is None if it is outside the window."""
+        """Return the value at the position, its end (None if it is outside the window), and its error."""
         try:
             if first in ('"', "{", "["):
                 return *self.DECODER.raw_decode(self.text, self.position), ""
-            # A number has no closing bracket: the window may end inside 1.5e7, after 1.5 or 1.5e.
+            # A number has no closing bracket, so the window may end inside 1.5e7, after 1.5 or 1.5e.
             end = self._find_end(first)
             word = self.text[self.position : end]
             return json.loads(word) if end is not None and word else None, end, ""
@@ -281,7 +281,7 @@ class _JsonWindow:
             return None, self._find_end(first), _json_error(error, self.position if first in ('"', "{", "[") else 0)
 
     def _find_end(self, first: str) -> int | None:
-        """Find the end of a value by matching brackets and quotes. None if it is outside the window."""
+        """Find the end of a value by matching brackets and quotes. Return None if the end is outside the window."""
         if first not in ('"', "{", "["):
             end = self.WORD.match(self.text, self.position).end()
             return end if end < len(self.text) or self.ended else None

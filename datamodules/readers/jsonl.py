@@ -17,14 +17,13 @@ from datamodules.records import Document, Sink, UserError
 
 @dataclass
 class JsonlReader(FolderReader, SinkReader):
-    """Reader of a folder with a corpus, and for each split a file of queries with their documents.
+    """Reader of a folder with a corpus, and one file per split with queries and their documents.
 
         folder/corpus.jsonl  {"id" or "_id": ..., "title": ..., "text": ...} per line; title or text may be missing
-        folder/train.jsonl   {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line; negatives optional
-        folder/dev.jsonl     the same
-        folder/test.jsonl    the same; at least one of the three files must exist
+        folder/train.jsonl   {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line; negatives are
+        optional folder/dev.jsonl     the same folder/test.jsonl    the same; at least one of the three files must exist
 
-    "abstract" is read where "text" is missing or blank. The dev split may also be named validation, valid or val.
+    "abstract" is read if "text" is missing or blank. The dev split may also be named validation, valid or val.
 
     A query is {"id": ...}, a document of the corpus; {"title": ..., "text": ...}; or a string, which is an id if the
     corpus has it, and otherwise a text. Positives may be {id: grade, ...} with grades above 0. Negatives have grade 0,
@@ -36,8 +35,8 @@ class JsonlReader(FolderReader, SinkReader):
     train_until: int | None = option(
         None,
         "last year of training. If set, the lines of all files are split by the year of their query, which must be a "
-        'document of the corpus with a "year". Queries of later years form the test split. Of the others, dev_percent '
-        "form the dev split, chosen by a hash of their ids",
+        'corpus document with a "year". Later queries form the test split. Of the others, dev_percent form the dev '
+        "split, chosen by a hash of their ids",
     )
     dev_percent: int = option(5, "percentage of queries in the dev split, used with train_until", minimum=0, maximum=99)
 
@@ -94,7 +93,7 @@ class JsonlReader(FolderReader, SinkReader):
         for document, grade in grades.items():
             try:
                 sink.add_judgement(split, query.id, document, grade)
-            except UserError as error:  # an earlier line gave the pair a different grade, and that one is kept
+            except UserError as error:  # an earlier line gave the pair a different grade, which is kept
                 errors.append(error)
         if errors:
             raise errors[0]

@@ -14,11 +14,11 @@ from datamodules.records import Document, UserError, prefixed, short
 
 
 def read_labels(path: Path, bad: BadLines) -> dict[str, Document]:
-    """Return the labels of a file. The title of a label is its first name, and the text its definition.
+    """Return the labels of a file. A label's title is its first name, and its text is the definition.
 
     .json, .jsonl (MICoL, SciMult)   {"label": id, "name": [name, synonym, ...], "definition": ...} per line; name may
                                      be a string, and "combined_text" may replace name and definition
-    .xml (MeSH: desc2022.xml)        descriptors, whose scope notes are the definitions
+    .xml (MeSH: desc2022.xml)        descriptors, with scope notes as definitions
     other (MAPLE)                    id <tab> name <tab> synonym ... per line
     """
     labels: dict[str, Document] = {}

@@ -19,7 +19,7 @@ from datamodules.records import Collection, Document, UserError
 
 @dataclass
 class LitSearchReader(FolderReader):
-    """Reader of the LitSearch data set. All of it is the test split.
+    """Reader of the LitSearch data set. All data are the test split.
 
     folder/query/full*.parquet          one file with rows {"query": text, "corpusids": [id], ...}
     folder/corpus_clean/full*.parquet   rows {"corpusid": id, "title", "abstract", ...}

@@ -1,7 +1,7 @@
 """MAPLE: papers of one field with labels, authors, venue and references.
 
 Sources: Zhang et al., The Effect of Metadata on Scientific Literature Tagging, WWW 2023 (yuzhimanhua/MAPLE, data on
-Zenodo). How SciMult trains on it: Zhang et al., Pre-training Multi-task Contrastive Learning Models for Scientific
+Zenodo). For training as in SciMult: Zhang et al., Pre-training Multi-task Contrastive Learning Models for Scientific
 Literature Understanding, Findings of EMNLP 2023, section 3.4 (hard negatives) and appendix A (100 pairs per label).
 """
 
@@ -28,12 +28,12 @@ from datamodules.records import Collection, Document
 log = logging.getLogger(__name__)
 
 NEGATIVES = ("cited", "author", "venue")
-ATTEMPTS = 8  # number of draws per hard negative
+ATTEMPTS = 8  # maximum number of draws per hard negative
 
 
 @dataclass(slots=True)
 class _Paper:
-    """A paper, and the fields from which its labels, links and hard negatives are made."""
+    """A paper, with the fields that give labels, links and hard negatives."""
 
     document: Document
     year: int | None
@@ -51,8 +51,8 @@ class MapleReader(FolderReader):
                          "reference": [id]} per line; title_raw and abstract_raw are preferred if present
     folder/labels.txt    id <tab> name per line (or labels_mesh.txt)
 
-    Files may be compressed as .gz or .zst. Labels that are not in the label file are dropped, as are papers left
-    without a label, and a warning counts both.
+    Files may be compressed as .gz or .zst. Labels that are not in the label file are dropped, and so are papers that
+    have no other label. A warning counts both.
     """
 
     view: str = option(
@@ -62,32 +62,32 @@ class MapleReader(FolderReader):
         "folders",
         choices=("labels", "citations", "fields"),
     )
-    labels: str | None = option(None, "another label file, in the folder or with its full path (see read_labels)")
+    labels: str | None = option(None, "label file to use instead, in the folder or as a full path (see read_labels)")
     label_key: str = option("label", "key of a paper's labels")
     further: list[str] | None = option(
         None,
-        "more folders of the same collection, using the same label file. A paper in several folders counts once, with "
-        "the text of the first folder and the labels of all",
+        "more folders of the same collection, with the same label file. A paper in several folders counts once, with "
+        "the text from the first folder and the labels from all folders",
     )
     max_per_label: int = option(
         100,
-        "maximum number of training papers for each label or field, drawn by the seed; 0 for all. In fields, papers of "
+        "maximum number of training papers per label or field, drawn with the seed; 0: all. In fields, papers of "
         "every split are drawn, by a hash of their ids, and only these are kept in memory",
         minimum=0,
     )
     negatives: list[str] | None = option(
         None,
-        "sources of hard negatives: papers that the paper cited, or that share an author or the venue. In labels and "
-        "fields, a hard negative is a label of such a paper that the paper itself does not have. In citations, it is a "
-        "reference of a cited paper, or a paper by the same author or in the same venue, unless the paper cites it",
+        "sources of hard negatives: papers that a paper cites, or papers that share an author or the venue with it. "
+        "In labels and fields, a hard negative is a label of such a paper that the paper itself lacks. In citations, "
+        "it is a reference of a cited paper, or a paper with the same author or venue, unless the paper cites it",
         choices=NEGATIVES,
     )
-    num_negatives: int = option(5, "maximum number of hard negatives for each training paper", minimum=0)
+    num_negatives: int = option(5, "maximum number of hard negatives per training paper", minimum=0)
     train_until: int | None = option(
-        None, "last year of training. Papers of later years are the test split (MAPLE's own split is 2015)"
+        None, "last year of training. Later papers are the test split (MAPLE's own split is 2015)"
     )
     dev_percent: int = option(5, "percentage of papers in the dev split, chosen by a hash of their ids")
-    test_percent: int = option(5, "percentage of papers in the test split, likewise; not used with train_until")
+    test_percent: int = option(5, "percentage of papers in the test split, chosen likewise; not used with train_until")
     seed: int = option(0, "seed of all draws")
 
     def __post_init__(self) -> None:
@@ -193,7 +193,7 @@ class MapleReader(FolderReader):
             relevant[id] = paper.labels = known
         if num_labels:
             log.warning(
-                "%s: dropped %d labels of papers that are not in it; %d papers have no other label",
+                "%s: dropped %d labels of papers, because they are not in this file; %d papers have no other label",
                 path,
                 num_labels,
                 num_papers,
@@ -208,7 +208,7 @@ class MapleReader(FolderReader):
         return split_of(paper.document.id, self.dev_percent, self.test_percent, paper.year, self.train_until)
 
     def _cap(self, train: Mapping[str, list[str]]) -> dict[str, list[str]]:
-        """Draw at most max_per_label papers for each label. Papers that keep no label are left out."""
+        """Draw at most max_per_label papers for each label. Papers left without a label are left out."""
         by_label = defaultdict(list)
         for id, labels in train.items():
             for label in labels:
@@ -224,11 +224,11 @@ class MapleReader(FolderReader):
 
 @dataclass
 class _Neighbours:
-    """Hard negatives from related training papers (SciMult, section 3.4), drawn with the paper's id and the seed.
+    """Hard negatives from related training papers (SciMult, section 3.4). The paper's id and the seed determine them.
 
     train: relevant documents (labels, or cited papers) of each training paper.
-    is_labelled: whether the relevant documents are labels. A related paper then contributes its labels. Otherwise a
-        cited paper contributes its references, and other related papers contribute themselves.
+    is_labelled: whether the relevant documents are labels. If so, a related paper contributes its labels. Otherwise, a
+        cited paper contributes its references, and any other related paper itself.
     sources: some of NEGATIVES.
     """
 
@@ -246,7 +246,7 @@ class _Neighbours:
                 self.by_author[author].append(id)
 
     def draw(self, id: str, relevant: Sequence[str], number: int) -> list[str]:
-        """Return up to `number` documents that are not relevant to the paper, and not the paper itself."""
+        """Return up to `number` documents that are neither relevant to the paper nor the paper itself."""
         paper, rng = self.papers[id], random.Random(f"{self.seed}/{id}")
         cited = [other for other in paper.references if other in self.train] if "cited" in self.sources else []
         negatives: dict[str, None] = {}
@@ -264,7 +264,7 @@ class _Neighbours:
         return list(negatives)
 
     def _related(self, paper: _Paper, source: str, rng: random.Random) -> str | None:
-        """Return a training paper that shares an author, or the venue."""
+        """Return a training paper that shares an author or the venue with a paper."""
         if source == "author" and paper.authors:
             return rng.choice(self.by_author[rng.choice(paper.authors)])
         return rng.choice(self.by_venue[paper.venue]) if source == "venue" and paper.venue else None

@@ -1,4 +1,4 @@
-"""MMSci: articles of Nature Communications with their subjects, references, figures and captions.
+"""MMSci: articles from Nature Communications with their subjects, references, figures and captions.
 
 Source: Li et al., MMSci: A Dataset for Graduate-Level Multi-Discipline Multimodal Scientific Understanding, 2024
 (github.com/Leezekun/MMSci).
@@ -26,7 +26,7 @@ from datamodules.records import Collection, Document, Qrels, UserError, check_ch
 log = logging.getLogger(__name__)
 
 MATCHING, GENERATION = "image_caption_matching_data.json", "image_caption_generation_data.json"
-MISSING = ("No caption available", "No description available")  # stand for an empty caption
+MISSING = ("No caption available", "No description available")  # placeholders for an empty caption
 NUMBER = re.compile(r"\s*fig\w*\.?\s*(\d{1,3})\s*[:.|]?\s*", re.IGNORECASE)  # "Figure 2: ..."
 PANEL = re.compile(r"(?:^|(?<=[.!?;:] ))\(([a-z])\)")  # panels of a caption: "(a) Spectra. (b) ..."
 SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z(])")
@@ -36,7 +36,7 @@ OPTION = re.compile(r"\n([A-D]): ")
 
 @dataclass
 class _Figure:
-    """A figure. number: as in its caption. caption, description: "" if missing; the description has the panels."""
+    """A figure. number: number in the caption. caption, description: "" if missing; the description has the panels."""
 
     id: str
     number: int
@@ -44,7 +44,7 @@ class _Figure:
     description: str
 
     def captions(self) -> dict[str, str]:
-        """Return the caption of each panel by its letter, or that of the whole figure under ""."""
+        """Return letter -> caption for each panel, or "" -> caption for the whole figure."""
         parts = PANEL.split(self.description)
         panels = {letter: text.strip() for letter, text in zip(parts[1::2], parts[2::2], strict=True) if text.strip()}
         return panels if len(panels) > 1 else {"": f"{self.caption} {self.description}".strip()}
@@ -86,35 +86,36 @@ class MMSciReader(FolderReader):
 
     folder/rawdata/CATEGORY/SUBJECT/ID/ID_data.json    an article: {"title", "abstract",
         "images": [{"image_filename", "caption", "description"}], "sections": [{"section", "content"}],
-        "references": [{"title", "link"}]}; ID_processed_data.json is read instead if it is there
+        "references": [{"title", "link"}]}; ID_processed_data.json is read instead if it exists
     folder/rawdata/train_split_ids.json                {CATEGORY: {SUBJECT: [ID]}}; dev and test likewise
     folder/benchmark/dev/image_caption_matching_data.json    three lists of {"uid", "image", "question", "answer"}
 
-    Files may be compressed as .gz or .zst. Figures and references are in the split of their article. An article that is
-    in the lists of two splits belongs to test before dev before train. Without lists, the articles in benchmark/dev and
-    benchmark/test belong to these splits; without benchmark, a hash of the id decides.
+    Files may be compressed as .gz or .zst. Figures and references are in the split of their article. If an article is
+    in the lists of two splits, test wins over dev, and dev over train. Without lists, the articles in benchmark/dev and
+    benchmark/test belong to these splits. Without benchmark, a hash of the id decides.
 
-    view: what queries and documents are:
-        captions    caption of a figure -> its article. A caption, or its description, that the title or abstract
-                    repeats is left out.
+    view: meaning of queries and documents:
+        captions    caption of a figure -> its article. Captions and descriptions that repeat the title or the
+                    abstract are left out.
         figures     caption of a panel, or of a figure without panels -> figure
-        subjects    article -> its subjects, one for each folder that it is in
-        references  article -> articles that it cites. A reference is a link if it has the title of an article of the
-                    folder (ignoring case, accents and punctuation), or a link that ends with its id.
-        choices     figure -> its caption among the four of a question. The answers of the test questions are not
-                    published, so there are questions of train and dev only.
-        The text of a figure is the sentences of its article that mention it, without its caption, or the name of its
-        image if there are none.
+        subjects    article -> its subjects, one for each folder that contains it
+        references  article -> articles that it cites. A reference counts if its title is that of an article in the
+                    folder (ignoring case, accents and punctuation), or if its link ends with the article's id.
+        choices     figure -> its caption, among the four options of a question. The answers to the test
+                    questions are not published, so this view only has train and dev.
+        The text of a figure has the sentences of its article that mention it, without its caption, or the name of
+        its image if no sentence does.
     """
 
-    view: str = option(REQUIRED, "what queries and documents are", choices=tuple(MEMBERS))
+    view: str = option(REQUIRED, "meaning of queries and documents", choices=tuple(MEMBERS))
     setting: int = option(
         1,
-        "questions of the view choices: 1 whole figures of an article, 2 panels of several figures, 3 of one figure",
+        "questions in the view choices, about: 1 whole figures of an article, 2 panels of several figures, 3 panels "
+        "of one figure",
         choices=(1, 2, 3),
     )
     dev_percent: int = option(5, "percentage of articles in the dev split, if the folder has no lists")
-    test_percent: int = option(5, "percentage of articles in the test split, likewise")
+    test_percent: int = option(5, "percentage of articles in the test split, if the folder has no lists")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,7 +144,7 @@ class MMSciReader(FolderReader):
     # --- files ---
 
     def _article_files(self) -> dict[str, tuple[Path, list[tuple[str, str]]]]:
-        """Return the file of each article, and the (category, subject) of each folder that it is in."""
+        """Return the file of each article, and the (category, subject) of each folder that contains it."""
         raw = self.root / "rawdata"
         check_folder(raw, "CATEGORY/SUBJECT/ID/ID_data.json")
         files: dict[str, tuple[Path, list[tuple[str, str]]]] = {}
@@ -158,7 +159,7 @@ class MMSciReader(FolderReader):
         return files
 
     def _split_files(self) -> list[tuple[str, Path]]:
-        """Return (split, file) of the lists. If there are none, of the files in benchmark/dev and benchmark/test."""
+        """Return (split, file) of each list, or else of each file in benchmark/dev and benchmark/test."""
         names = [(split, f"rawdata/{split}_split_ids.json") for split in SPLITS]
         if not any(find_optional_file(self.root, name) for _, name in names):
             names = [
@@ -176,7 +177,7 @@ class MMSciReader(FolderReader):
     def _splits(self) -> dict[str, str]:
         """Return the published split of each article."""
         splits: dict[str, str] = {}
-        for split, path in self._split_files():  # train, dev, test: later ones win
+        for split, path in self._split_files():  # in the order train, dev, test, so that later splits win
             splits |= dict.fromkeys(_listed_ids(path), split)
         return splits
 
@@ -236,7 +237,7 @@ class MMSciReader(FolderReader):
         by_title: dict[str, str] = {}
         for id, article in articles.items():
             title = normal(article.title)
-            by_title[title] = "" if title in by_title else id  # a title of two articles names neither
+            by_title[title] = "" if title in by_title else id  # if two articles share a title, it identifies neither
         by_title[""] = ""
         judged = {}
         for id, article in articles.items():
@@ -245,7 +246,7 @@ class MMSciReader(FolderReader):
                 judged[id] = article.split, grades
         total = sum(len(article.references) for article in articles.values())
         links = sum(len(grades) for _, grades in judged.values())
-        log.info("%s: %d of %d references are links between its articles", self.folder, links, total)
+        log.info("%s: %d of %d references are links between articles in this folder", self.folder, links, total)
         corpus = {id: article.document for id, article in articles.items()}
         return corpus, {id: corpus[id] for id in judged}, judged
 
@@ -262,7 +263,7 @@ class MMSciReader(FolderReader):
                 with row:
                     question = _Question.of(as_object(row, " with uid, image, question and answer"))
                     id = f"{question.image}#{question.panel}" if question.panel else question.image
-                    if id in queries:  # another question about it
+                    if id in queries:  # another question about the same figure
                         id += f".{len(queries)}"
                     text = _text_of_panel(articles.get(question.article), question.image, question.panel)
                     queries[id] = Document(id, "", text or question.image)
@@ -273,10 +274,10 @@ class MMSciReader(FolderReader):
 
 
 def _listed_ids(path: Path) -> list[str]:
-    """Return the ids of the articles in a list, or in a file of benchmark, without those of bad lines."""
+    """Return the ids of the articles in a list, or in a file of benchmark, except those in bad lines."""
     ids: list[str] = []
     if path.name.startswith((GENERATION, MATCHING)):
-        bad = BadLines("skip", os.devnull)  # the view choices reports bad lines
+        bad = BadLines("skip", os.devnull)  # the view "choices" reports bad lines
         rows = (row for _, row in read_lists(path, bad)) if path.name.startswith(MATCHING) else read_entries(path, bad)
         for row in rows:
             with row:
@@ -291,7 +292,7 @@ def _listed_ids(path: Path) -> list[str]:
 
 
 def _add_member(article: _Article, key: str, row: Row) -> None:
-    """Add an entry of an article's JSON to it. Raises UserError if its type is wrong."""
+    """Add a member of an article's JSON to the article. Raises UserError if its type is wrong."""
     if key in ("title", "abstract"):
         setattr(article, key, Record({key: row.value}).text(key).strip())
         return
@@ -303,7 +304,7 @@ def _add_member(article: _Article, key: str, row: Row) -> None:
     else:
         id = f"{article.id}_{record.words('image_filename')}"  # as in the published questions
         if any(figure.id == id for figure in article.figures):
-            raise UserError(f"image_filename: an earlier image is {record['image_filename']!r}, too")
+            raise UserError(f"image_filename: an earlier image is also called {record['image_filename']!r}")
         caption, description = (record.text(name).strip() for name in ("caption", "description"))
         caption, description = ("" if text in MISSING else text for text in (caption, description))
         match = NUMBER.match(caption)
@@ -314,8 +315,8 @@ def _add_member(article: _Article, key: str, row: Row) -> None:
 def _cited(title: str, link: str, by_title: Mapping[str, str], articles: Mapping[str, _Article]) -> str:
     """Return the id of the article that a reference cites, or "".
 
-    title: title of the reference, or the whole of it, as in "Reik, W. & Walter, J. The title.Science 293, 1089 (2001)".
-        Of a whole reference, each run of its parts between full stops may be the title.
+    title: title of the reference, or the whole reference, as in "Reik, W. & Walter, J. The title.Science 293, 1089
+        (2001)". In a whole reference, any run of parts between full stops may be the title.
     """
     if (id := unquote(link).rpartition("/")[2]) in articles:
         return id
@@ -325,9 +326,9 @@ def _cited(title: str, link: str, by_title: Mapping[str, str], articles: Mapping
 
 
 def _mentions(article: _Article) -> dict[tuple[int, str], list[str]]:
-    """Return the sentences that mention each figure and each panel, by number and letter ("" for the whole figure).
+    """Return the sentences that mention each figure and panel, by number and letter ("" for the whole figure).
 
-    Sections of the published files contain the captions, which are removed.
+    Sections in the published files contain the captions, which are removed.
     """
     captions = [text for figure in article.figures for text in (figure.caption, figure.description) if normal(text)]
     plain_captions = [normal(caption) for caption in captions]
@@ -348,8 +349,10 @@ def _mentions(article: _Article) -> dict[tuple[int, str], list[str]]:
 class _Question:
     """A question for the caption of a figure.
 
-    article, image: ids of the article and of the figure. panel: letter of the panel, "" for the whole figure.
-    options: captions by letter, A to D. answer: letter of the right one.
+    article, image: ids of the article and of the figure.
+    panel: letter of the panel, "" for the whole figure.
+    options: captions by letter, A to D.
+    answer: letter of the correct caption.
     """
 
     article: str
@@ -364,7 +367,7 @@ class _Question:
         stem, *parts = OPTION.split(question)
         options = {letter: text.strip() for letter, text in zip(parts[::2], parts[1::2], strict=True)}
         if "".join(parts[::2]) != "ABCD" or not all(options.values()):
-            raise UserError(f"question: expected the four options A to D, one a line, got {question[-60:]!r}")
+            raise UserError(f"question: expected the four options A to D, one per line, got {question[-60:]!r}")
         answer = check_choice("answer", record.text("answer", required=True), list(options))
         panel = re.search(r"\(([a-z])\)", stem)
         return cls(article, image, panel[1] if panel else "", options, answer)

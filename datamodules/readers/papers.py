@@ -24,21 +24,21 @@ log = logging.getLogger(__name__)
 class PapersReader(SinkReader):
     """Reader of a file of papers, or of a folder with such files: BibTeX, RIS, CSV, Excel, OpenAlex, PubMed, ..."""
 
-    source: str = option(REQUIRED, "file, or folder whose files are parts of one library")
+    source: str = option(REQUIRED, "file, or folder whose files form one library")
     view: str = option(
         "labels",
-        "labels: queries are papers, the corpus is their labels. citations: the papers that a paper cites, within the "
-        "files. searches: titles or keywords that find papers",
+        "labels: queries are papers, and the corpus has their labels. citations: queries are papers, and the papers "
+        "in the files that they cite are relevant. searches: titles or keywords find papers",
         choices=tuple(VIEWS),
     )
-    format: str = option("", "format of all files; by default recognised for each")
+    format: str = option("", "format of all files; by default, the format of each file is recognised")
     columns: dict[str, str] | None = option(
-        None, 'names of the columns of a table, such as {"title": "Titel"}, if they are not the usual ones'
+        None, 'names of table columns, such as {"title": "Titel"}, if they differ from the usual ones'
     )
     split: str = option("80/10/10", "rule such as 80/10/10, 2015, 2015/2018 or given (see Splits)")
     labels: list[str] | None = option(None, "kinds of labels (see ViewOptions)")
-    min_papers: int = option(5, "minimum number of papers for each label")
-    definitions: str = option("", "file with the definitions of labels (see ViewOptions)")
+    min_papers: int = option(5, "minimum number of papers per label")
+    definitions: str = option("", "file with definitions of labels (see ViewOptions)")
     search: str = option("title", "title, keywords, or a file of queries (see ViewOptions)")
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ class PmcPatientsReader(FolderReader):
     folder/PAR/qrels_train.tsv           a header, then query-id <tab> corpus-id <tab> score, 1 or 2 (or
                                          PAR_train_qrels.tsv); dev and test likewise
 
-    Splits with qrels are read; there must be at least one. Every file may be compressed as .gz or .zst.
+    All splits with qrels are read, and there must be at least one. Every file may be compressed as .gz or .zst.
     """
 
     TASKS = ("PAR", "PPR")

@@ -1,4 +1,4 @@
-"""The rows of files, the policy for bad ones, and the records in them."""
+"""Rows of files, the policy for bad rows, and the records in rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Row:
 
     @property
     def ordinal(self) -> int:
-        """Number of the line or entry in its file, counting bad ones. Used as the name of records without an id."""
+        """Number of the line or entry in its file, counting bad ones. It names records without an id."""
         return self.number if self.entry is None else self.entry
 
     def __str__(self) -> str:
@@ -61,12 +61,12 @@ class BadLines:
     """The policy for bad lines during one `read()`, used as `with BadLines(...) as bad:`.
 
     on_error: "fail" raises UserError at the first bad line. "skip" leaves bad lines out, appends them to the quarantine
-        file, and warns about their number at the end. If more than half of a file's lines are bad, "skip" raises too,
-        because the file is probably in another format.
+        file, and logs their number as a warning at the end. If more than half of a file's lines are bad, "skip" also
+        raises, because the file probably has another format.
     quarantine: file for skipped lines, by default quarantine.jsonl. Each line is a JSON object with file, line, reason
         and text (the first 2,000 characters).
 
-    gaps: what the files lack although they are not damaged; its warnings are logged at the end.
+    gaps: gaps in files that are not damaged, which are logged as warnings at the end.
     """
 
     POLICIES = ("fail", "skip")
@@ -95,7 +95,7 @@ class BadLines:
         try:
             if self._file is None:
                 self.quarantine.parent.mkdir(parents=True, exist_ok=True)
-                # Bytes that are not UTF-8 are surrogates in the text; they are written as JSON escapes.
+                # Bytes that are not UTF-8 are surrogates in the text, and are written as JSON escapes.
                 self._file = open(self.quarantine, "a", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         except OSError as error:
@@ -104,7 +104,7 @@ class BadLines:
     def end_of_file(self, path: Path, num_lines: int) -> None:
         """Raise UserError if more than half of the file's lines are bad.
 
-        num_lines: number of lines of this pass over the file, with the bad ones.
+        num_lines: number of lines in this pass over the file, including bad ones.
         """
         self.num_lines[path] += num_lines
         bad, total = self.by_file[path], self.num_lines[path]
@@ -116,7 +116,7 @@ class BadLines:
 
     def _question(self) -> str:
         if any("not UTF-8" in reason for reason in self.by_reason):
-            return "Save the file as UTF-8, or convert it (iconv -f WINDOWS-1252 -t UTF-8, if it is from Windows)."
+            return "Save the file as UTF-8, or convert it (if it is from Windows: iconv -f WINDOWS-1252 -t UTF-8)."
         return "Is the file in this reader's format?"
 
     def summary(self) -> str:
@@ -142,16 +142,16 @@ def _without_details(reason: str) -> str:
 
 
 class Record(dict[str, Any]):
-    """A JSON object or a row of a table. Its methods return checked values, and raise UserError for wrong ones.
+    """A JSON object or a row of a table. The methods return checked values, and raise UserError for wrong values.
 
-    row: row of the file that the object is from, or is a part of. It counts the gaps of documents.
+    row: row of the file that contains the object. It also counts gaps in documents.
     """
 
     row: Row | None = None
 
     @classmethod
     def of(cls, row: Row | None, values: Mapping[str, Any], **more: Any) -> Record:
-        """Return a record of a row. more: values that replace others."""
+        """Return a record of a row. more: values to add or replace."""
         record = cls(values, **more)
         record.row = row
         return record
@@ -173,7 +173,7 @@ class Record(dict[str, Any]):
         return text
 
     def id(self, *keys: str) -> str:
-        """Return the id under the first key that exists, a string or an integer."""
+        """Return the id under the first key that exists. It may be a string or an integer."""
         for key in keys:
             if self.get(key) is not None:
                 return check_id(self[key], key)
@@ -200,7 +200,7 @@ class Record(dict[str, Any]):
         """Return an object that maps ids to scores."""
         value = self.get(key)
         if not isinstance(value, dict):
-            raise UserError(f"{key} must be an object of ids and scores, got {short(value)}")
+            raise UserError(f"{key} must be an object that maps ids to scores, got {short(value)}")
         return {check_id(document, key): check_grade(score) for document, score in value.items()}
 
     def object(self, key: str) -> Record:
@@ -214,11 +214,10 @@ class Record(dict[str, Any]):
     ) -> Document:
         """Return the record as a document.
 
-        id_keys: keys that may hold the id.
-        title, body: keys of the title and of the text (see text_key). One of the two may be blank.
+        id_keys: keys that may contain the id.
+        title, body: keys of the title and of the text (see text_key). One of them may be blank.
         id: id for a record without an id.
-        may_be_blank: whether both may be blank, for documents to search in. A record that has neither key is an
-            error.
+        may_be_blank: whether both may be blank, for corpus documents. A record with neither key is an error.
         """
         id = id or self.id(*id_keys)
         key = text_key(self, body)
@@ -230,7 +229,7 @@ class Record(dict[str, Any]):
         return document
 
     def judged(self, documents: Sequence[str], corpus: Container[str]) -> None:
-        """Count judged documents, and those that are not in the corpus."""
+        """Count judged documents, and those of them that are not in the corpus."""
         if self.row is not None:
             self.row.bad.gaps.add_judgements(self.row.path, documents, corpus)
 

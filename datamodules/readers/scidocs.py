@@ -39,13 +39,13 @@ class SciDocsReader(FolderReader):
 
     task: str = option(
         REQUIRED,
-        "in mag and mesh, queries are papers and the corpus is the label space. In the others, queries and corpus are "
-        "papers, each query has its own candidates with grades (0 for not relevant), and there is no train split",
+        "task. In mag and mesh, queries are papers and the corpus is the label space. In the others, queries and "
+        "corpus are papers, each query has its own candidates with grades (0: not relevant), and no train split exists",
         choices=(*CLASSIFICATION, *LINKS),
     )
-    labels: str | None = option(None, "file with the names of the labels (see read_labels), if the labels are numbers")
+    labels: str | None = option(None, "file with names for the labels (see read_labels), if the labels are numbers")
     unnamed: bool = option(
-        False, "whether to accept numbers as labels without names, for a classifier that does not read them"
+        False, "whether to accept numbers as labels, for a classifier that does not read their names"
     )
 
     def sources(self) -> list[Path]:
@@ -76,7 +76,7 @@ class SciDocsReader(FolderReader):
     def _read_labelled_papers(
         self, path: Path, papers: Mapping[str, Document], corpus: dict[str, Document], bad: BadLines
     ) -> Qrels:
-        """Return the judgements of a CSV file. Without a file of names, its labels are added to the corpus."""
+        """Return the judgements of a CSV file. Without a file of names, this adds the labels to the corpus."""
         judgements = Judgements(path, papers, corpus, bad, self._papers_file().name)
         for index, row in enumerate(read_lines(path, bad)):
             with row:
@@ -85,7 +85,7 @@ class SciDocsReader(FolderReader):
                     continue  # the header: pid,class_label
                 if not self.labels:
                     if label.isdigit() and not self.unnamed:
-                        raise UserError(f"label {label!r} is a number, not a name; give a file of names as `labels`")
+                        raise UserError(f"label {label!r} is a number, not a name; set `labels` to a file of names")
                     corpus.setdefault(label, Document(label, label))
                 judgements.add(paper, label, 1)
         return judgements.finish()

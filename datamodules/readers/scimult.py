@@ -1,4 +1,4 @@
-"""The evaluation data that the authors of SciMult published.
+"""The evaluation data published by the authors of SciMult.
 
 Source: Zhang et al., Pre-training Multi-task Contrastive Learning Models for Scientific Literature Understanding,
 Findings of EMNLP 2023, section 4 and table A2 (yuzhimanhua/SciMult).
@@ -28,13 +28,13 @@ DATASETS = {
     "pmc_patients": ("PMCPatientsPAR", "PMCPatientsPPR"),
 }
 
-QueryOf = Callable[[Record, str], Document]  # query of a record; the id is for a query that has none
-GradesOf = Callable[[Record], dict[str, int]]  # grades of a query's documents, from its record
+QueryOf = Callable[[Record, str], Document]  # (record, id to use if the record has none) -> query
+GradesOf = Callable[[Record], dict[str, int]]  # record -> grades of a query's documents
 
 
 @dataclass
 class SciMultReader(FolderReader):
-    """Reader of one data set from the folder with classification_fine, search and so on. All of it is the test split.
+    """Reader of one data set from the folder with classification_fine, search and so on. All data are the test split.
 
     classification_fine/D_label.json, D_papers_test.json (and classification_coarse)
         {"label", "name": [...], "definition"}, {"title", "abstract", "label": [id], or one id}
@@ -120,7 +120,7 @@ class SciMultReader(FolderReader):
         grades_of: GradesOf,
         kind: str = "queries",
     ) -> Collection:
-        """Return a collection from a file that has a query with its judgements on each line."""
+        """Return a collection from a file with one query and its judgements per line."""
         queries: dict[str, Document] = {}
         qrels: dict[str, dict[str, int]] = {}
         for row in read_records(self._file(f"{kind}_test"), bad):
@@ -147,7 +147,7 @@ class SciMultReader(FolderReader):
                 add_document(corpus, paper)
                 if grades:
                     qrels[paper.id] = grades
-        for grades in qrels.values():  # papers also cite papers of later lines
+        for grades in qrels.values():  # papers also cite papers in later lines
             bad.gaps.add_judgements(path, grades, corpus)
         return Collection(corpus, {id: corpus[id] for id in qrels}, {"test": qrels})
 

@@ -1,4 +1,4 @@
-"""SciRepEval: citation triplets, searches with their candidates, and classification.
+"""SciRepEval: citation triplets, searches with candidates, and classification.
 
 Source: Singh et al., SciRepEval: A Multi-Format Benchmark for Scientific Document Representations, EMNLP 2023
 (allenai/scirepeval on the Hugging Face hub).
@@ -31,18 +31,18 @@ Grades = dict[str, dict[str, int]]  # judgements of one split
 class SciRepEvalReader(LineReader):
     """Reader of one config of SciRepEval, from a folder of files or from the hub.
 
-    A paper is {"doc_id" or "corpus_id", "title", "abstract"}. The view says what a row is:
+    A paper is {"doc_id" or "corpus_id", "title", "abstract"}. The view decides what a row contains:
 
     "citations"  {"query": paper, "pos": paper, "neg": paper}, as in cite_prediction. A paper that is a positive in one
                  row and a negative in another, for the same query, counts as positive.
     "search"     {"query": text or paper, "doc_id": of the query, "candidates": [paper with "score"]}, as in search,
-                 same_author, relish, nfcorpus, trec_covid. Candidates may be an object of lists, also in the row itself
-                 ("doc_id", "title", "abstract", "score": lists). Score 0 means judged and not relevant.
+                 same_author, relish, nfcorpus, trec_covid. Candidates may also be an object of lists, or lists in the
+                 row itself ("doc_id", "title", "abstract", "score"). Score 0 means judged and not relevant.
     "labels"     a paper with a label or a list of labels: fos (labels_text), mesh_descriptors (descriptor). The corpus
                  is the label space.
     """
 
-    view: str = option(REQUIRED, "what a row is", choices=("citations", "search", "labels"))
+    view: str = option(REQUIRED, "content of a row", choices=("citations", "search", "labels"))
     folder: str | None = option(
         None,
         "folder with train.jsonl, validation.jsonl and test.jsonl (or evaluation.jsonl), or .json or .parquet files, "
@@ -50,9 +50,9 @@ class SciRepEvalReader(LineReader):
     )
     dataset: str | None = option(None, "name on the hub, such as allenai/scirepeval")
     config: str | None = option(None, "config of the data set, such as cite_prediction")
-    label_key: str = option("label", "key of the labels in the view labels")
+    label_key: str = option("label", "key with the labels, for the view labels")
     labels: str | None = option(
-        None, "file with the names of the labels (see read_labels). By default the labels are their own names"
+        None, "file with names for the labels (see read_labels). By default, the labels are names"
     )
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class SciRepEvalReader(LineReader):
         if self.labels:
             record.judged(labels, corpus)
         elif number := next((label for label in labels if not label.strip() or label.lstrip("-").isdigit()), None):
-            raise UserError(f"{self.label_key}: {number!r} is not a name; give a file of names as `labels`")
+            raise UserError(f"{self.label_key}: {number!r} is not a name; set `labels` to a file of names")
         add_repeated(queries, [paper])
         add_grades(qrels, paper.id, dict.fromkeys(labels, 1))
         if not self.labels:
@@ -113,7 +113,7 @@ class SciRepEvalReader(LineReader):
 
 
 def evaluation_files(folder: Path) -> list[Path]:
-    """Return the files of the split "evaluation", which is our test split. Raises UserError if there are none."""
+    """Return the files of the split "evaluation", our test split. Raises UserError if there are none."""
     splits = files_by_split(folder)
     if "test" not in splits:
         raise UserError(
@@ -123,9 +123,9 @@ def evaluation_files(folder: Path) -> list[Path]:
 
 
 def read_texts(folder: Path, bad: BadLines) -> tuple[Documents, Documents]:
-    """Return the queries and papers of the split "evaluation", which SciRepEval's own program embeds.
+    """Return the queries and papers of the split "evaluation", which SciRepEval's own program also embeds.
 
-    The judgements are in another data set.
+    Their judgements are in another data set.
     """
     queries: Documents = {}
     papers: Documents = {}
@@ -174,7 +174,7 @@ def _add_search(record: Record, id: str, corpus: Documents, queries: Documents, 
 
 
 def _read_query(record: Record, new_id: str) -> Document:
-    """Return a query, which is a paper or a text. new_id: id of a text that has none."""
+    """Return a query, which is a paper or a text. new_id: id to use for a text."""
     if isinstance(record.get("query"), dict):
         return _read_paper(record, "query")
     text = record.words("query")
@@ -183,7 +183,7 @@ def _read_query(record: Record, new_id: str) -> Document:
 
 
 def _read_paper(record: Record, key: str) -> Document:
-    """Return the paper that a record has under a key. Errors start with the key."""
+    """Return the paper under a key of a record. Errors start with the key."""
     paper = record.object(key)
     with prefixed(f"{key}: "):
         return paper.document(*ID_KEYS)

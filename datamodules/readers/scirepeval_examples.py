@@ -1,4 +1,4 @@
-"""SciRepEval's labelled examples: papers, and labels that a linear model predicts from their vectors.
+"""SciRepEval's labelled examples: papers, with labels that a linear model predicts from their vectors.
 
 Source: Singh et al., SciRepEval: A Multi-Format Benchmark for Scientific Document Representations, EMNLP 2023
 (allenai/scirepeval and allenai/scirepeval_test on the Hugging Face hub).
@@ -35,20 +35,20 @@ Label = Any  # str, tuple[int, ...] or float, in the views "class", "labels" and
 class SciRepEvalExamplesReader(FolderReader):
     """Reader of one config: texts from allenai/scirepeval, labels from allenai/scirepeval_test.
 
-    It is for benchmarks with train_on. Queries are papers.
+    This reader is for benchmarks with train_on. Queries are papers.
 
     folder/evaluation.jsonl              {"doc_id" or "corpus_id", "title", "abstract"} per row, of allenai/scirepeval
     judgements/train.jsonl, test.jsonl   {"paper_id", "label"} per row, of allenai/scirepeval_test
 
-    Files may have the formats that SciRepEvalReader reads. A paper that is judged twice counts twice. Papers without
+    Files may have the same formats as for SciRepEvalReader. A paper that is judged twice counts twice. Papers without
     text are left out with a warning, as in SciRepEval's own program.
     """
 
     judgements: str = option(REQUIRED, "folder with the labels")
     view: str = option(
         REQUIRED,
-        "what a label is. class: the one class of a paper, a number or a word; the corpus is the sorted classes. "
-        "labels: a list of 0 and 1, one for each label; the corpus is their indices. number: the corpus is a single "
+        "kind of labels. class: one class per paper, a number or a word; the corpus has the sorted classes. labels: a "
+        "list with 0 or 1 for each label; the corpus has the indices of the labels. number: the corpus has a single "
         "document, whose grade is the number",
         choices=("class", "labels", NUMBER),
     )
@@ -77,7 +77,7 @@ class SciRepEvalExamplesReader(FolderReader):
     def _read_examples(
         self, paths: Sequence[Path], texts: Mapping[str, Document], bad: BadLines
     ) -> list[tuple[Document, Label]]:
-        """Return the papers of a split with their labels, in the order that sets the folds of cross-validation."""
+        """Return the papers of a split and their labels, in the order that determines the cross-validation folds."""
         examples: list[tuple[Document, Label]] = []
         count: Counter[str] = Counter()
         num_without_text, num_labels = 0, None
@@ -123,7 +123,7 @@ class SciRepEvalExamplesReader(FolderReader):
             return [str(index) for index in range(max(lengths, default=0))]
         classes = set(labels)
         are_numbers = all(re.fullmatch(r"-?\d{1,100}", label) for label in classes)
-        # The label breaks ties, because "1" and "01" are two classes.
+        # The label itself breaks ties, because "1" and "01" are two classes.
         return sorted(classes, key=(lambda label: (int(label), label)) if are_numbers else str)
 
     def _grades(self, label: Label) -> dict[str, Any]:

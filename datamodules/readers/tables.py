@@ -1,4 +1,4 @@
-"""Tables, one or more for each split, from JSON and parquet files in a folder or from a data set on the hub."""
+"""Read tables, one or more per split, from JSON and parquet files in a folder or from a data set on the hub."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def _read_parquet(path: Path, bad: BadLines) -> Iterator[Row]:
 
 
 def load_hub(dataset: str, config: str | None) -> Mapping[str, Iterable[dict[str, Any]]]:
-    """Return all splits of a data set on the Hugging Face hub, by their own names."""
+    """Return all splits of a data set on the Hugging Face hub, under their original names."""
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -85,7 +85,7 @@ def load_hub(dataset: str, config: str | None) -> Mapping[str, Iterable[dict[str
 
 
 def load_hub_splits(dataset: str, config: str | None) -> dict[str, Iterable[dict[str, Any]]]:
-    """Return the rows of train, dev and test, from a data set on the hub or a folder that `datasets` can load."""
+    """Return the rows of train, dev and test from a data set on the hub, or from a folder that `datasets` can load."""
     loaded = load_hub(dataset, config)
     known = [name for name in loaded if name in SPLIT_NAMES]
     splits = {SPLIT_NAMES[name]: loaded[name] for name in known}
@@ -98,7 +98,7 @@ def load_hub_splits(dataset: str, config: str | None) -> dict[str, Iterable[dict
 
 
 def read_hub_table(name: str, records: Iterable[dict[str, Any]], bad: BadLines) -> Iterator[Row]:
-    """Yield the rows of a table. name: name of the table in errors, in place of a path."""
+    """Yield the rows of a table. name: name of the table in errors, instead of a path."""
     number = 0
     for number, record in enumerate(records, start=1):
         yield _table_row(bad, Path(name), number, record)

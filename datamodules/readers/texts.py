@@ -1,6 +1,6 @@
-"""The texts of one or several files, in shards of a fixed number of lines, to be embedded.
+"""Read texts to embed from one or several files, in shards of a fixed number of lines.
 
-Shards are counted in lines and not in documents, so that unwanted shards need not be parsed.
+The size of a shard is a number of lines, not of documents, so that unwanted shards need not be parsed.
 """
 
 from __future__ import annotations
@@ -26,10 +26,13 @@ ID_KEYS = ("id", "_id", "paper_id", "corpusid")
 
 
 def text_files(source: Path, key: str = "input") -> list[Path]:
-    """Return the file itself, the corpus or all shards of a folder, or the files of a pattern such as part-*.jsonl.gz.
+    """Return a file itself, the corpus or all shards of a folder, or all files that match a pattern such as
+    part-*.jsonl.gz.
 
-    Shards are ordered by path, with numbers by value. key: key that names the source, for errors.
-    Raises UserError if there is none.
+    Shards are in order of their paths, with numbers sorted by value.
+
+    key: option that names the source, for errors.
+    Raises UserError if there are no files.
     """
     if source.is_file():
         files, expected = [source], ""
@@ -57,12 +60,12 @@ def _numbers_by_value(path: Path) -> list[int | str]:
 
 def count_lines(paths: Sequence[Path], on_error: str) -> int:
     """Return the number of lines (rows of parquet, entries of a JSON list) in files."""
-    bad = BadLines(on_error, os.devnull)  # bad lines are reported when their shard is read
+    bad = BadLines(on_error, os.devnull)  # bad lines will be reported when their shard is read
     return sum(1 for _ in read_tables(paths, bad))
 
 
 def check_ids(paths: Sequence[Path], on_error: str) -> None:
-    """Raise UserError, with both places, if two lines have the same id: results could not tell their texts apart."""
+    """Raise UserError, naming both lines, if two lines have the same id, because results could not tell them apart."""
     seen: set[str] = set()
     for row, id in _ids(paths, on_error):
         if id in seen:
@@ -86,7 +89,7 @@ def read_shards(
     A line is {"id": ..., "title": ..., "text" (or "abstract"): ...}. Raises UserError for a bad line, unless the policy
     skips it.
 
-    size: number of lines per shard. Bad lines count, and the last shard may be shorter.
+    size: number of lines per shard. Bad lines count too, and the last shard may be shorter.
     """
     number, documents, line = 0, list[Document](), -1
     for line, row in enumerate(read_tables(paths, bad)):
@@ -102,7 +105,7 @@ def read_shards(
 
 
 def documents_at(paths: Sequence[Path], lines: Iterable[int]) -> dict[int, Document]:
-    """Return the documents of some lines, by line number from 0. Lines that hold no document are left out."""
+    """Return line number (from 0) -> document for some lines. Lines without a document are left out."""
     documents, wanted = {}, set(lines)
     for line, row in enumerate(read_tables(paths, BadLines())):
         if line in wanted:

@@ -9,7 +9,7 @@ from pathlib import Path
 from datamodules.readers.io import CHUNK, open_text, read_chunk
 from datamodules.records import UserError, explained
 
-MAX_DEPTH = 200  # nested elements; PubMed has about 15
+MAX_DEPTH = 200  # maximum depth of elements; PubMed has about 15
 
 
 def read_elements(path: Path, roots: Collection[str]) -> Iterator[ElementTree.Element]:
@@ -21,14 +21,14 @@ def read_elements(path: Path, roots: Collection[str]) -> Iterator[ElementTree.El
     parser: ElementTree.XMLPullParser = ElementTree.XMLPullParser(["start", "end"])
     root: ElementTree.Element | None = None
     prolog, depth = "", 0
-    damage = (ElementTree.ParseError, UnicodeEncodeError)  # the latter for bytes that are not UTF-8
+    damage = (ElementTree.ParseError, UnicodeEncodeError)  # the second one for bytes that are not UTF-8
     with open_text(path) as stream, explained(f"{path}: the XML file is damaged", *damage):
         while text := read_chunk(stream, path, 0, CHUNK):
             if root is None:
                 prolog += text
                 if len(prolog) > 2 * CHUNK:
                     raise UserError(f"{path}: expected an element within the first {CHUNK:,} characters")
-                if "<!ENTITY" in prolog:  # nested ones expand without end
+                if "<!ENTITY" in prolog:  # nested entities may expand forever
                     raise UserError(f"{path}: defines XML entities, which this format does not have")
             parser.feed(text)
             events: Iterator[tuple[str, ElementTree.Element]] = parser.read_events()  # type: ignore[assignment]

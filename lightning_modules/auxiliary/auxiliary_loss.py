@@ -25,11 +25,11 @@ class AuxiliaryLoss(nn.Module, ABC):
     Its parameters are trained along with the encoder and saved in checkpoints. `prepare` keeps its tables in buffers
     that are not persistent. Do not store the data in an attribute, because averaging the weights copies the module.
 
-    A constructor may also take `tasks`, the names of the tasks in training, `dimension`, D, and `objective`, the
-    ObjectiveOptions. Experiments pass these.
+    A constructor may also take `tasks` (names of the tasks in training), `dimension` (D) and `objective`
+    (ObjectiveOptions), which experiments pass.
 
-    weight: factor of the loss. With 0, it is not computed.
-    lr: peak learning rate of the loss's own parameters; by default, the same as for the encoder.
+    weight: factor of the loss; 0: the loss is not computed.
+    lr: peak learning rate of the loss's own parameters, by default the encoder's.
     """
 
     def __init__(self, weight: float = 1.0, lr: float | None = None):
@@ -40,17 +40,17 @@ class AuxiliaryLoss(nn.Module, ABC):
         self.weight, self.lr = weight, lr
 
     def prepare(self, data: ContrastiveDataModule) -> None:
-        """Check the options against the data and make tables, on every rank before training. Raises UserError."""
+        """Check the options against the data, and make tables. Each rank calls this before training. Raises UserError."""
 
     def companions(self, data: ContrastiveDataModule, task: str) -> Sequence[CompanionSource]:
-        """Return the sources of extra texts that this loss needs with each batch of a task."""
+        """Return the sources of the extra texts that this loss needs in each batch of a task."""
         return ()
 
     @abstractmethod
     def forward(self, batch: ContrastiveBatch, vectors: Tensor, companions: Sequence[Tensor]) -> Tensor:
-        """Return the mean of the loss over the queries of this rank, a scalar, without its weight.
+        """Return the unweighted mean of the loss over this rank's queries, a scalar.
 
-        If the loss does not apply to the batch's task, return a zero with a graph, such as 0 * vectors.sum().
+        If the loss does not apply to the batch's task, return a 0 that has a graph, such as 0 * vectors.sum().
 
         batch: batch with the companions of this loss.
         vectors: vectors of the batch, (U, D), not normalised, in at least float32.

@@ -7,13 +7,13 @@ maps both into a space in which they must agree:
     y^_s   prediction: mean of candidates of task s, weighted by the softmax of their cosines with the query, all
            encoded as s
     f      the query's own vector, encoded as t
-    m_st   the network for a vector of s that is compared with one of t
+    m_st   the network, applied to a vector of s to compare it with a vector of t
 
     loss = 1 - cos(m_st(y^_s), m_ts(y_t)) + trunk_weight (1 - cos(m_st(y^_s), f) + 1 - cos(m_ts(y_t), f))
 
-Labels, candidates as values, and f are constants, like the annotations and the detached features of the paper. So the
-loss trains the network and, through the softmax, what task s says about the query. The last two terms prevent a
-network that maps everything to one point.
+Labels, candidates (as values) and f are constants, like the annotations and the detached features in the paper. So the
+loss trains the network and, through the softmax, the query's vector for task s. The last two terms prevent the network
+from mapping everything to one point.
 
 Learning from bad predictions makes them worse, because any permutation of the labels is consistent with itself. So only
 the network learns in the first part of the training, `warmup`.
@@ -49,10 +49,10 @@ class CrossTaskConsistency(AuxiliaryLoss):
     """Agreement of a paper's labels in one task with its predictions in other tasks.
 
     weight: factor of the loss.
-    lr: peak learning rate of the network; None for the encoder's.
+    lr: peak learning rate of the network, by default the encoder's.
     pairs: pairs of tasks that must agree, each in both directions; None for all pairs.
-    candidates: maximum number of documents of the other task in a prediction. They are drawn for each batch, the same
-        on all ranks. A smaller corpus, such as a list of labels, is used as a whole.
+    candidates: maximum number of the other task's documents in a prediction. They are drawn for each batch, with the
+        same result on all ranks. A smaller corpus, such as a list of labels, is used completely.
     temperature: divisor of the cosines in the softmax.
     trunk_weight: weight of the terms that prevent a collapse.
     hidden: hidden units of the network, H.
@@ -92,9 +92,11 @@ class CrossTaskConsistency(AuxiliaryLoss):
             if task not in tables:
                 raise UserError(f"pairs: task {task!r} has no data; expected one of {', '.join(tables)}")
             if (count := len(candidate_rows(tables[task]))) < 2:
-                raise UserError(f"pairs: a prediction needs two documents, but task {task} has {count} to train on")
+                raise UserError(
+                    f"pairs: a prediction needs two documents, but task {task} has only {count} to train on"
+                )
         if self.warmup and not data.options.num_batches and data.trainer is None:
-            raise UserError("warmup: the length of the training is not known yet; set num_batches of the data")
+            raise UserError("warmup: the length of the training is unknown; set num_batches of the data")
         self.warmup_batches = round(self.warmup * data.num_batches())
 
     def companions(self, data: ContrastiveDataModule, task: str) -> Sequence[CompanionSource]:
@@ -123,9 +125,9 @@ class CrossTaskConsistency(AuxiliaryLoss):
 
 
 class JointSpace(nn.Module):
-    """One two-layer network for all pairs of tasks, whose hidden units are scaled and shifted by pair (FiLM).
+    """A two-layer network for all pairs of tasks. Each pair scales and shifts its hidden units (FiLM).
 
-    pairs: (own, other) task of a vector and of the vector that it is compared with.
+    pairs: (own, other): task of a vector, and task of the vector to compare it with.
     """
 
     def __init__(self, pairs: Sequence[Pair], dimension: int, hidden: int):
@@ -146,7 +148,7 @@ class JointSpace(nn.Module):
 
 
 def ordered_pairs(tasks: Sequence[str], pairs: Sequence[Sequence[str]] | None = None) -> list[Pair]:
-    """Return both directions of each pair. pairs: None for all pairs. Raises UserError for impossible pairs."""
+    """Return both directions of each pair. pairs: None for all pairs. Raises UserError for invalid pairs."""
     if pairs is None:
         if len(tasks) < 2:
             raise UserError(f"pairs: expected at least two tasks in training, got {', '.join(tasks) or 'none'}")

@@ -34,10 +34,10 @@ from lightning_modules.objective_options import ObjectiveOptions
 
 
 def corrected(log_odds: Tensor, positive: Tensor, margin: float, negatives: bool = False) -> Tensor:
-    """Return a teacher's log-odds, moved to the right side of the margin where they contradict the label.
+    """Move a teacher's log-odds to the correct side of the margin where they contradict the label.
 
     log_odds: (B, M). positive: labels, (B, M) bool. margin: at least 0.
-    negatives: whether documents that are not positives are corrected too.
+    negatives: whether to correct documents that are not positives, too.
     """
     others = log_odds.clamp(max=-margin) if negatives else log_odds
     return torch.where(positive, log_odds.clamp(min=margin), others)
@@ -57,16 +57,16 @@ def texts_of_batch(queries: np.ndarray, documents: np.ndarray, _: Random) -> np.
 
 
 class CrossTaskDistillation(AuxiliaryLoss):
-    """Distil the scores of other tasks' experts. A query's loss is the sum over the documents of all ranks.
+    """Distil the scores of other tasks' experts. The loss of a query is a sum over the documents of all ranks.
 
     teachers: student task -> the tasks whose experts teach it. Each teacher encodes the batches of its student.
     temperature: tau, the divisor of the log-odds of teacher and student.
-    margin: m, the least log-odds that a teacher may give a positive; None leaves errors uncorrected.
+    margin: m, the lowest log-odds that a teacher may give a positive; None: no correction.
     correct_negatives: whether a teacher's log-odds for documents that are not positives are limited to -m. Off by
         default, because these documents were not judged, so the teacher may well be right.
     slope, intercept: initial P and Q of all calibrations.
     lr: peak learning rate of P and Q.
-    objective: options of the objective, whose similarity the scores are.
+    objective: options of the objective, which determine the similarity.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class CrossTaskDistillation(AuxiliaryLoss):
         self.teachers, self.tasks = teachers, list(tasks)
         self.temperature, self.margin, self.correct_negatives = temperature, margin, correct_negatives
         self.similarity = (objective or ObjectiveOptions()).similarity
-        # Row: student. Column: task that scores, which is the student itself on the diagonal.
+        # Row: student. Column: task that scores; on the diagonal, the student itself.
         self.slopes = nn.Parameter(torch.full((len(self.tasks), len(self.tasks)), float(slope)))  # P
         self.intercepts = nn.Parameter(torch.full_like(self.slopes, float(intercept)))  # Q
 

@@ -4,10 +4,10 @@ A paper of the source task has no labels of the target task, but the tasks are r
 
     q(b | x) = sum_a p(a | x) R[a, b]        L = -sum_b q(b | x) log p(b | x)
 
-for a paper x, its probabilities p(a | x) in the source task, and the softmax p(b | x) over the target's labels, by the
-target's expert. In link prediction and search, the documents of the batch take the place of the labels a, and
-R[d, b] = sum_c p(c | d) R'[c, b] for the target's labels c of a document d and a relation R' among them. The papers use
-this loss for binary labels, one sum for each; here it is the cross-entropy of two distributions.
+for a paper x, its probabilities p(a | x) in the source task, and the target expert's softmax p(b | x) over the target's
+labels. In link prediction and search, the documents of the batch replace the labels a, and R[d, b] = sum_c p(c | d)
+R'[c, b] for the target's labels c of a document d and a relation R' among them. In the papers, this loss is a sum over
+binary labels. Here, it is the cross-entropy of two distributions.
 
 Shapes
     B   queries of a batch on this rank
@@ -47,14 +47,15 @@ from lightning_modules.objective_options import ObjectiveOptions
 log = logging.getLogger(__name__)
 
 TEACHERS = ("relation", "prediction")
-FLOOR = 1e-6  # probability that a label without relation has in a logarithm
-RELATED = 8  # labels of the target that are always encoded for each known label of the source
+FLOOR = 1e-6  # probability of an unrelated label inside a logarithm
+RELATED = 8  # number of target labels to encode for each known source label
 
 
 def matching_loss(log_p: Tensor, q: Tensor, teacher: str = "relation", stop_gradient: bool = True) -> Tensor:
-    """Return the cross-entropy of the transferred and the predicted distribution of each paper, (B,).
+    """Return the cross-entropy between the transferred and the predicted distribution of each paper, (B,).
 
-    The weight of a paper is the sum of its q: less than 1 if labels of the source relate to no encoded label.
+    The weight of a paper is the sum of its q, which is less than 1 if source labels are unrelated to all encoded
+    labels.
 
     log_p: logarithms of the predicted probabilities, (B, n).
     q: transferred probabilities, (B, n).
@@ -72,7 +73,7 @@ def matching_loss(log_p: Tensor, q: Tensor, teacher: str = "relation", stop_grad
 
 @dataclass(frozen=True)
 class LabelSample:
-    """The labels to encode with a batch: all, or a sample that is equal on all ranks, and those related to the batch.
+    """The labels to encode with a batch: all, or a sample (the same on all ranks) and the labels related to the batch.
 
     rows: row of each label in its document table.
     size: number of labels in the sample.
@@ -98,33 +99,33 @@ class LabelSample:
 
 
 class Labels(NamedTuple):
-    """Labels that are encoded with a batch, of all ranks if these differ."""
+    """Labels that are encoded with a batch, from all ranks if they differ by rank."""
 
     vectors: Tensor  # (n, D)
     positions: Tensor  # (n,) position of each label in its space
-    copies: Tensor  # (n,) whether it repeats an earlier one
+    copies: Tensor  # (n,) whether a label repeats an earlier one
 
 
 class DistributionMatching(AuxiliaryLoss):
     """Transfer predictions or annotations of a source task to the labels of a target task.
 
-    source: task whose batches get the loss, or TASK/COLLECTION for one of a classification's several collections.
+    source: task whose batches get the loss, or TASK/COLLECTION if a classification has several collections.
     target: classification whose labels are predicted, as TASK or TASK/COLLECTION.
-    relation: probability of each label of the target given a label of the source: "estimated" from the papers of the
-        train splits that have both; "same", which relates labels of the same name; or a file with label of the source,
-        label of the target, and weight per line, separated by tabs. For link prediction and search it relates the
-        labels (of the target) of a document to those of the query.
-    known: whether p(a | x) is uniform over the annotations of the source (co-annotation) instead of the model's
-        softmax. Documents with labels of the target always count as annotated.
-    certain: with `known`, a relation of at least this weight gives a paper hard labels, and it gets no others.
-    teacher: the side that is the target of the cross-entropy, "relation" or "prediction" (see matching_loss).
+    relation: probability of each target label given a source label. "estimated": from the papers in the train splits
+        that have both. "same": labels with the same name are related. Otherwise, a file with source label, target label
+        and weight per line, separated by tabs. For link prediction and search, it relates the target labels of a
+        document to the target labels of the query.
+    known: whether p(a | x) is uniform over the source's annotations (co-annotation), instead of the model's softmax.
+        Documents with target labels always count as annotated.
+    certain: with `known`, relations of at least this weight give a paper hard labels, which replace all others.
+    teacher: target of the cross-entropy, "relation" or "prediction" (see matching_loss).
     stop_gradient: whether the teacher is a constant.
-    smoothing: number of average papers to add to each label's papers when a relation is estimated.
-    match: how papers of the two tasks are compared: "title", "text" or "id" (datamodules/co_annotation.py).
-    max_labels: maximum number of labels of each task that are encoded with a batch. If a task has more, a sample is
-        encoded, and also the labels related to the batch.
-    objective: options of the objective. The softmaxes use its similarity and temperature (of each task); if the
-        temperature is learned, its initial value.
+    smoothing: number of average papers to add to each label's papers in estimating a relation.
+    match: how to compare papers of the two tasks: "title", "text" or "id" (datamodules/co_annotation.py).
+    max_labels: maximum number of labels per task to encode with a batch. If a task has more, a sample and the labels
+        related to the batch are encoded.
+    objective: options of the objective. The softmaxes use its similarity and each task's temperature (the initial
+        value, if it is learned).
     """
 
     relation: Tensor  # (a, b)
@@ -225,20 +226,20 @@ class DistributionMatching(AuxiliaryLoss):
         documents_as_target: Tensor,
         labels: Labels,
     ) -> Tensor:
-        """Return q of queries (B, D), from the documents (m, D) of all ranks and their labels, (B, n)."""
+        """Return q of queries (B, D), from the documents (m, D) of all ranks and the documents' labels, (B, n)."""
         documents, ids, _ = gather_documents(documents, batch.document_ids)  # (M, D), (M,)
         documents_as_target = gather_documents(documents_as_target, batch.document_ids).vectors
         known = self.lists[ids]  # (M, k)
         predicted = self._softmax(documents_as_target, labels.vectors, self.target_task, labels.copies)
         predicted = predicted @ self._related(labels, labels)
         q_of_documents = torch.where(known[:, :1] >= 0, self._annotated(known, labels), predicted)  # (M, n)
-        masked = duplicate_mask(ids) | (ids == rows[:, None])  # a query that is a document does not find itself
+        masked = duplicate_mask(ids) | (ids == rows[:, None])  # a query that is a document must not find itself
         return self._softmax(queries, documents, self.source_task, masked) @ q_of_documents
 
     def _annotated(self, known: Tensor, labels: Labels, hard: bool = False) -> Tensor:
         """Return q of papers with known labels, (p, n). known: labels of each paper, (p, k).
 
-        hard: whether labels that are certain replace all others.
+        hard: whether certain labels replace all others.
         """
         present = (known >= 0)[:, :, None]  # (p, k, 1)
         pairs = known.clamp(min=0)[:, :, None], labels.positions
@@ -261,14 +262,15 @@ class DistributionMatching(AuxiliaryLoss):
     def _logits(self, first: Tensor, second: Tensor, task: str, masked: Tensor) -> Tensor:
         """Return the similarities of vectors (p, D) and (n, D), divided by the temperature of a task, (p, n).
 
-        masked: which of the second have probability 0. Not -inf, because 0 times its logarithm would be NaN.
+        masked: whether a vector of `second` has probability 0. The mask is not -inf, because 0 times its logarithm
+            would be NaN.
         """
         scores = similarities(first, second, self.objective.similarity) / self.objective.temperature_of(task)
         return scores.masked_fill(masked, torch.finfo(scores.dtype).min)
 
 
 def encoded_labels(vectors: Tensor, rows: Tensor, sample: LabelSample) -> Labels:
-    """Return the labels of a companion. vectors: (n, D). rows: their rows, (n,)."""
+    """Return the labels of a companion. vectors: (n, D). rows: rows of the labels, (n,)."""
     if not sample.is_complete:
         vectors, rows, _ = gather_documents(vectors, rows)
     return Labels(vectors, rows - int(sample.rows[0]), duplicate_mask(rows))

@@ -1,20 +1,20 @@
 """The group loss of ULTRA-DP (Chen et al., 2023, arXiv 2310.14845): a paper and the papers that walks reach from it.
 
 Each query of a link-prediction task is the head of a group: papers that random walks on the citation graph visit within
-k steps are its positives, and papers that they rarely visit at step k its negatives. With unit vectors h of the head
-and x of the others, and the distance d = 1 - cosine to the anchor a = mean(h, positives):
+k steps are its positives, and papers that they rarely visit at step k are its negatives. With unit vectors h of the
+head and x of the others, and the distance d = 1 - cosine from the anchor a = mean(h, positives):
 
     center      mean of d(x)^2 over head and positives
     separation  relu(log sum exp(d(x)) over head and positives + log sum exp(margin - d(y)) over negatives y)^2
     loss        share * center + (1 - share) * separation
 
-The authors' code (train.py of Keytoyze/ULTRA-DP) has the same loss and the same way to draw positives: a step from 1 to
-k for the group, then papers by the probability of a walk at that step. Here,
+The authors' code (train.py of Keytoyze/ULTRA-DP) has the same loss, and draws positives in the same way: first a step
+from 1 to k for the group, then papers by their probability at this step of a walk. The differences here are:
 
-* each query of a batch is a head; theirs has one head per batch, with half of the batch as positives
-* papers are drawn without replacement, as long as there are others
-* a negative is neither linked with the head nor one of its positives
-* the probabilities at step k are estimated from a sample of walks; theirs are exact for papers with up to 256 links
+* each query of a batch is a head; their code has one head per batch, with half of the batch as positives
+* papers are drawn without replacement, as long as enough exist
+* a negative is neither linked to the head nor one of its positives
+* probabilities at step k are estimated from sampled walks; theirs are exact for papers with up to 256 links
 
 Shapes: B queries on this rank, p positives and n negatives of a head, D dimensions of a vector.
 """
@@ -44,7 +44,7 @@ def group_loss(heads: Tensor, positives: Tensor, negatives: Tensor, margin: floa
     """Return the loss of each group, (B,).
 
     heads: vectors (B, D). positives: (B, p, D). negatives: (B, n, D).
-    margin: distance from the anchor beyond which a negative counts little.
+    margin: distance from the anchor beyond which a negative hardly counts.
     share: share of the center term, from 0 to 1.
     """
     members = normalize(torch.cat([heads[:, None], positives], 1), dim=-1)  # (B, 1 + p, D)
@@ -68,7 +68,7 @@ class GroupSampler:
     def __call__(self, queries: np.ndarray, documents: np.ndarray, rng: random.Random) -> np.ndarray:
         """Return the rows of all groups, (B * (p + n),): p positives and n negatives of each query.
 
-        They depend on the generator and the query alone, so ranks that share a batch draw the same groups.
+        The groups only depend on the generator and the query, so ranks that share a batch draw the same groups.
         """
         seed = rng.getrandbits(64)
         return np.concatenate([self.group(row, np.random.default_rng([seed, row])) for row in queries.tolist()])
@@ -100,10 +100,10 @@ class GroupLoss(AuxiliaryLoss):
 
     weight: factor of the loss.
     steps: maximum number of steps of a walk, k; at least 2.
-    positives, negatives: papers of each kind that are encoded for each query.
-    margin: distance from the anchor beyond which a negative counts little.
+    positives, negatives: number of papers of each kind to encode per query.
+    margin: distance from the anchor beyond which a negative hardly counts.
     share: share of the center term, from 0 to 1.
-    graph: file with the links of the graph, pairs of ids; by default the training links of each link-prediction task.
+    graph: file with the links, as pairs of ids; by default, the training links of each link-prediction task.
     """
 
     def __init__(

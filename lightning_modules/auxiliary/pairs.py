@@ -1,4 +1,4 @@
-"""The pairs of a query and a document that a batch contains: their scores, and what is known about them.
+"""Pairs of a query and a document in a batch: their scores, and what is known about them.
 
 Shapes: B queries on this rank, m documents on this rank, M on all ranks, D dimensions of a vector.
 """
@@ -34,14 +34,14 @@ class Pairs(NamedTuple):
     """Queries of this rank with the documents of all ranks."""
 
     scores: Tensor  # (B, M) similarities
-    positive: Tensor  # (B, M) bool: whether the document is a positive of the query, also if it was not sampled
+    positive: Tensor  # (B, M) bool: whether the document is a positive of the query, sampled or not
     known: Tensor  # (B, M) bool: False for the query itself, copies of a document, and texts equal to a positive's
     query_rows: Tensor  # (B,) rows of the task's document table
     document_rows: Tensor  # (M,)
 
 
 def check_other_task(key: str, task: str, other: str, tasks: Sequence[str]) -> None:
-    """Raise UserError unless both are tasks in training, and different. key: option that names them, for errors."""
+    """Raise UserError unless both are different tasks in training. key: option that names them, for errors."""
     for name in (task, other):
         if name not in tasks:
             raise UserError(f"{key}: unknown task {name!r}; the tasks in training are {', '.join(tasks)}")
@@ -69,12 +69,12 @@ def in_batch_pairs(batch: ContrastiveBatch, vectors: Tensor, similarity: str) ->
 
 
 def fixed_scores(queries: Tensor, documents: Tensor, similarity: str) -> Tensor:
-    """Return the scores (B, M) of a batch's queries (B, D) and documents (m, D) by vectors without gradients."""
+    """Return the scores (B, M) of a batch's queries (B, D) and documents (m, D), given vectors without gradients."""
     return similarities(queries.detach(), gather_rows(documents.detach()), similarity)
 
 
 def sum_over_pairs(values: Tensor, chosen: Tensor) -> Tensor:
-    """Return the mean over queries of the sum of the values of each query's chosen pairs, a scalar.
+    """Sum the values of each query's chosen pairs, and return the mean over queries, a scalar.
 
     values: (B, M). chosen: (B, M) bool.
     """

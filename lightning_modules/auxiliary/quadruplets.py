@@ -1,11 +1,11 @@
-"""Quadruplet ranking: rank the documents of a task by the labels of two tasks.
+"""Quadruplet ranking: rank a task's documents by the labels of two tasks.
 
-CrossDistil (Yang et al., arXiv 2202.09852). A pair of a query and a document has a label of the trained task A, such as
-"cites", and one of another task B, such as "shares a class". A's documents are ranked
+CrossDistil (Yang et al., arXiv 2202.09852). A pair of a query and a document has one label for the trained task A, such
+as "cites", and one for another task B, such as "shares a class". A's documents should be in this order:
 
     ++  before  +-  before  -+  before  --              first sign: label of A, second sign: label of B
 
-by the loss of a query, which is a mean over the pairs of documents in each comparison, with r the scores divided by a
+The loss of a query is a mean over the pairs of documents in each comparison. With r, the scores divided by a
 temperature:
 
     -beta1 [ln sigmoid(r++ - r+-) + ln sigmoid(r+- - r-+)] - beta2 ln sigmoid(r-+ - r--)
@@ -38,13 +38,13 @@ from lightning_modules.auxiliary.pairs import check_other_task, in_batch_pairs
 from lightning_modules.losses import membership_mask
 from lightning_modules.objective_options import ObjectiveOptions
 
-MAX_COMPARISONS = 2**22  # differences of scores in memory at once
+MAX_COMPARISONS = 2**22  # number of score differences in memory at once
 
 
 def quadruplet_loss(
     scores: Tensor, label_a: Tensor, label_b: Tensor, known: Tensor, beta1: float, beta2: float
 ) -> Tensor:
-    """Return the loss of each query, (B,). A comparison without documents on one of its sides counts as 0.
+    """Return the loss of each query, (B,). A comparison counts as 0 if one of its sides has no documents.
 
     scores: similarities divided by the temperature, (B, M).
     label_a, label_b: labels of the tasks A and B, (B, M) bool.
@@ -70,13 +70,14 @@ def _block_loss(scores: Tensor, label_a: Tensor, label_b: Tensor, known: Tensor,
 
 
 def label_table(a: TaskDataModule, b: TaskDataModule, match: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return what task B's training data say about the n rows of task A's document table, (n, K) and (n, L) int64.
+    """Return the labels that task B's training data give the n rows of task A's document table, (n, K) and (n, L)
+    int64.
 
     A query and a document have label B if the query's row of the first table and the document's row of the second share
     a number. Their label is unknown if either has no number. Lists are padded with -1, and -2 in the second.
     """
     related = known_annotations(a, b, match).padded()
-    if not isinstance(b, LinkPredictionDataModule):  # papers that share a class, or a query that they answer
+    if not isinstance(b, LinkPredictionDataModule):  # papers that share a class, or answer a common query
         return related, np.where(related < 0, -2, related)
     papers, others = paper_keys(a, match), paper_keys(b, match)
     distinct = np.unique(others)  # the number of a paper is its position here
@@ -86,15 +87,16 @@ def label_table(a: TaskDataModule, b: TaskDataModule, match: str) -> tuple[np.nd
 
 
 class QuadrupletRanking(AuxiliaryLoss):
-    """Rank the documents in a batch by the labels of two tasks.
+    """Rank the documents of a batch by the labels of two tasks.
 
-    labels: task A, whose batches are ranked -> task B, whose training data give the second label. Two papers have it if
-        they share a class (B is a classification), answer a common query (search), or the first cites the second.
+    labels: task A, whose batches are ranked -> task B, whose training data give the second label. A pair of papers has
+        the second label if they share a class (B is a classification), if they answer a common query (search), or if
+        the first cites the second (link prediction).
     beta1: factor of the comparisons ++ before +- and +- before -+.
     beta2: factor of the comparison -+ before --.
-    temperature: divisor of the scores, by default that of the objective; if it is learned, its initial value.
-    match: how to find a paper of A in B: by its title, text or id (see datamodules/co_annotation.py).
-    objective: options of the objective, whose similarity the scores are.
+    temperature: divisor of the scores, by default the objective's temperature (the initial value, if it is learned).
+    match: how to find a paper of A in B: by title, text or id (see datamodules/co_annotation.py).
+    objective: options of the objective, which determine the similarity.
     """
 
     def __init__(
@@ -130,8 +132,8 @@ class QuadrupletRanking(AuxiliaryLoss):
             for what, known in (("query", related[queries]), ("document", keys[documents])):
                 if (known < 0).all():
                     raise UserError(
-                        f"labels.{task}: {other} has no training label for any {what} of {task}; expected papers that "
-                        f"both tasks have, matched by {self.match}"
+                        f"labels.{task}: {other} has no training label for any {what} of {task}; the two tasks must "
+                        f"share papers, matched by {self.match}"
                     )
             self.register_buffer(f"related{number}", torch.from_numpy(related), persistent=False)
             self.register_buffer(f"keys{number}", torch.from_numpy(keys), persistent=False)

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class Failure(NamedTuple):
-    """The reason why a checkpoint was not written. diverged: whether its numbers are not finite."""
+    """The reason why a checkpoint was not written. diverged: whether it has numbers that are not finite."""
 
     reason: str
     diverged: bool = False
@@ -27,9 +27,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints atomically. When loading, all ranks read the checkpoint that the first rank chose.
 
     Training continues if a checkpoint cannot be written. `failure` then has the reason; it is None if the last save
-    succeeded. A checkpoint with non-finite numbers is not written, because it would replace a good one.
+    succeeded. Checkpoints with non-finite numbers are not written, because they would replace good ones.
 
-    last: path of the newest checkpoint. Earlier checkpoints are kept for this path only.
+    last: path of the newest checkpoint. Earlier checkpoints are only kept for this path.
     keep: number of checkpoints to keep.
     """
 
@@ -61,10 +61,10 @@ def save_checkpoint(trainer: L.Trainer, path: Path) -> Failure | None:
 
 
 class LastCheckpoint(L.Callback):
-    """Saves a checkpoint every n optimizer steps and after the last step, also if training stops early.
+    """Saves a checkpoint every n optimizer steps and after the last step, even if training stops early.
 
-    If writing fails, training continues, because the previous checkpoint still exists; after the last step, this is an
-    error. If the weights are not finite, training ends, and the previous checkpoint is kept.
+    If writing fails, training continues, because the previous checkpoint still exists, but after the last step this is
+    an error. If the weights are not finite, training ends, and the previous checkpoint is kept.
     """
 
     def __init__(self, path: Path, every_n_steps: int):
@@ -86,7 +86,7 @@ class LastCheckpoint(L.Callback):
     def save(self, trainer: L.Trainer, must: bool) -> None:
         """Save the current step, unless it is already saved.
 
-        must: whether a failed save raises UserError on all ranks. Non-finite weights always do.
+        must: whether a failed save raises UserError on all ranks. Non-finite weights always raise it.
         """
         step = trainer.global_step
         if step == self.saved_at:

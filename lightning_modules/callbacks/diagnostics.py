@@ -44,7 +44,7 @@ class Diagnostics(L.Callback):
     """Logs every n optimizer steps, as means over ranks:
 
         diag/<task>/gradient_norm               norm of the gradient with respect to parameters that all tasks share
-        diag/<task>/gradient_cosine/<other>     cosine of these gradients of two tasks; below 0 they conflict
+        diag/<task>/gradient_cosine/<other>     cosine of these gradients of two tasks; below 0, they conflict
         diag/<task>/transplant/<other>          loss of the task with the other task's expert, prompt or adapter
         diag/<task>/masked_share                share of documents that the loss masks: known positives, equal texts,
                                                 documents above a guide's margin, copies from other ranks
@@ -54,13 +54,13 @@ class Diagnostics(L.Callback):
         diag/experts/<one>-<other>/cosine       cosine of the parameters of two experts
         diag/stitches/<one>/<other>             weight of the other expert's output for tasks of one expert, averaged
                                                 over layers
-        diag/seconds                            time that the diagnostics took
+        diag/seconds                            time spent on diagnostics
 
     Training itself is not affected. Each measurement costs T steps without an optimizer, T * T forward passes, and the
     memory of T gradients.
 
-    draw_every_n_steps: number of steps between pictures of the latest transplants, cosines and distances. There is
-        always a picture after the last step; with 0, it is the only one.
+    draw_every_n_steps: number of steps between plots of the latest transplants, cosines and distances. The last step
+        always draws a plot; with 0, it is the only one.
     picture: SVG file to write. Loggers receive it as diag/experts.
     """
 
@@ -71,7 +71,7 @@ class Diagnostics(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         self.logged_at = self.drawn_at = trainer.global_step
-        source = getattr(trainer.train_dataloader, "batches", None)  # a user's own loader may not have it
+        source = getattr(trainer.train_dataloader, "batches", None)  # a user's own loader may lack this attribute
         if source is not None:  # a resumed run measures the same batches as an uninterrupted run
             batches = source.last_of_each_task(trainer.global_step * trainer.accumulate_grad_batches)
             self.batches = {task: batch.to(module.device) for task, batch in batches.items()}
@@ -114,7 +114,7 @@ class Diagnostics(L.Callback):
             log_picture(trainer.loggers, "diag/experts", self.picture, step)
 
     def _gradients(self, trainer: L.Trainer, module: ContrastiveModule) -> dict[str, float]:
-        """Return norms and cosines of the tasks' gradients, or an empty dict if no parameters are shared."""
+        """Return norms and cosines of the tasks' gradients, or {} if no parameters are shared."""
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         gradients, sharded = TaskGradients([slice_of(x) for x in trained], sorted(self.batches)), module.encoder.sharded
         scaler = loss_scaler(trainer)
@@ -134,7 +134,7 @@ class Diagnostics(L.Callback):
         if sharded:
             dist.all_reduce(products)  # each rank has computed the products of its slices
         products = products.cpu()
-        norms = products.diagonal().sqrt()  # multiplied by the scale, which cancels in the cosines
+        norms = products.diagonal().sqrt()  # includes the scale, which cancels in the cosines
         cosines = products / (norms[:, None] * norms).clamp(min=1e-30)
         values = {f"{task}/gradient_norm": norms[i].item() / scale for i, task in enumerate(gradients.tasks)}
         for i, task in enumerate(gradients.tasks):
@@ -189,8 +189,8 @@ def masked_share(positives: Tensor, masked: Tensor) -> float:
 def effective_negatives(logits: Tensor, excluded: Tensor) -> float:
     """Return the perplexity of the softmax over a query's negatives, averaged over queries.
 
-    The perplexity is the number of negatives if all have the same weight, 1 if one has all the weight, and 0 without
-    negatives.
+    The perplexity is the number of negatives if all have the same weight, 1 if one of them has all the weight, and 0
+    without negatives.
 
     logits: scores divided by the temperature, (B, M).
     excluded: documents that are not negatives, (B, M) bool.
@@ -201,7 +201,7 @@ def effective_negatives(logits: Tensor, excluded: Tensor) -> float:
 
 
 def anisotropy(vectors: Tensor) -> tuple[float, float]:
-    """Return the mean cosine of two texts, and the largest squared singular value divided by the sum of all.
+    """Return the mean cosine of two texts, and the largest squared singular value as a share of their sum.
 
     Both are near 1 if all vectors point in the same direction. The first follows Ethayarajh (arXiv 1909.00512, section
     4.1).
@@ -239,7 +239,7 @@ def expert_distances(encoder: Encoder) -> dict[str, float]:
 
 
 def mean_stitches(encoder: Encoder) -> dict[str, float]:
-    """Return EXPERT/OTHER -> the weight in a CrossStitchEncoder, averaged over layers; empty for other encoders."""
+    """Return EXPERT/OTHER -> weight in a CrossStitchEncoder, averaged over layers, or {} for other encoders."""
     if not isinstance(encoder, CrossStitchEncoder):
         return {}
     return {

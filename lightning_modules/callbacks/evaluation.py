@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 class Evaluation(L.Callback):
     """Evaluate on all benchmarks every n optimizer steps and after the last step.
 
-    The checkpoint with the highest mean of the first metric over the benchmarks is saved as the best one. Then the
-    other callbacks get on_validation_end, with all metrics in trainer.callback_metrics.
+    The checkpoint with the highest mean of the first metric over the benchmarks is saved as the best one. Then
+    on_validation_end of the other callbacks is called, with all metrics in trainer.callback_metrics.
 
     metrics: names of the metrics; the first one chooses the best checkpoint.
     every_n_steps: number of optimizer steps between evaluations.
     token_budget: maximum number of tokens per forward pass.
     path: file of the best checkpoint.
-    patience: number of evaluations in a row without a new best mean after which training stops; 0: never.
+    patience: stop training after this many evaluations in a row without a new best mean; 0: never.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Evaluation(L.Callback):
         return [*names, f"val/mean/{self.metrics[0]}"]
 
     def _criterion(self) -> list[str]:
-        """Return the metric and benchmarks that choose the best checkpoint. Only their own means are comparable."""
+        """Return the metric and benchmarks that choose the best checkpoint. Means of other ones are not comparable."""
         return [self.metrics[0], *(benchmark.name for benchmark in self.benchmarks)]
 
     def on_train_start(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
@@ -98,7 +98,7 @@ class Evaluation(L.Callback):
         mean, step = self.not_written
         if mean > self.best and trainer.is_global_zero:
             instead = f"{self.path.name} is from step {self.best_step}" if self.best_step else "none was written"
-            log.warning("the best checkpoint, of step %d (mean %.4f), could not be written; %s", step, mean, instead)
+            log.warning("the best checkpoint (step %d, mean %.4f) could not be written; %s", step, mean, instead)
 
     def _evaluate_if_due(self, trainer: L.Trainer, module: ContrastiveModule) -> None:
         step = trainer.global_step
@@ -118,7 +118,9 @@ class Evaluation(L.Callback):
         if 0 < self.patience <= self.num_without_best and trainer.global_step < trainer.max_steps:
             trainer.should_stop = True
             if trainer.is_global_zero:
-                message = "training stops early: no new best mean in the last %d evaluations (the best was at step %d)"
+                message = (
+                    "training stops early: the last %d evaluations gave no new best mean (the best was at step %d)"
+                )
                 log.info(message, self.num_without_best, self.best_step)
 
     def _evaluate(self, trainer: L.Trainer, module: ContrastiveModule, may_leave: bool) -> dict[str, float]:
@@ -181,7 +183,7 @@ class Evaluation(L.Callback):
 def averaged_weights(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     """Swap the weights for their average, if the trainer has a WeightAveraging callback.
 
-    Lightning does this only in its validation loop, which is not used here. Without the swap, the current weights would
+    Lightning only does this in its validation loop, which is not used here. Without the swap, the current weights would
     decide which checkpoint is best, although checkpoints contain the average.
     """
     callbacks = trainer.callbacks  # type: ignore[attr-defined]

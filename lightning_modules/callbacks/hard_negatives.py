@@ -62,7 +62,7 @@ class HardNegativeMining(L.Callback):
         batch = step * trainer.accumulate_grad_batches
         rounds = trainer.datamodule.rounds  # type: ignore[attr-defined]
         if step < trainer.max_steps and rounds.is_planned(batch) and not rounds.has(batch):
-            # If preempted, the resumed run mines instead, and reuses the vectors that are already on disk.
+            # If this is preempted, the resumed run mines again, and reuses the vectors that are already on disk.
             with contextlib.suppress(Preempted), trainer.precision_plugin.forward_context():
                 self._mine(trainer, module, step, batch)
 
@@ -111,7 +111,7 @@ class HardNegativeMining(L.Callback):
 
 
 def _read_finished(rounds: Any, name: str, meta: Mapping[str, Any]) -> dict[str, dict[str, float]] | None:
-    """Return the figures of an earlier mining with these settings, or None if there is no complete, intact one."""
+    """Return the figures of an earlier mining with these settings, or None if it is missing, incomplete or damaged."""
     if rounds.has_store(name, meta):
         with contextlib.suppress(UserError):
             return read_values(rounds.folder / name / "report.json")

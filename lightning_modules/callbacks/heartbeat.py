@@ -1,4 +1,4 @@
-"""Find out which rank was lost. The other ranks only see broken connections, or nothing at all."""
+"""Find out which rank was lost, because the other ranks only see broken connections, or nothing at all."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WARNING = 60.0  # seconds without a beat after which a warning is logged, even i
 
 
 class Heartbeat(L.Callback):
-    """Counts the beats of every rank in a store on the first rank, from a thread. A killed rank stops counting.
+    """Counts each rank's beats in a store on the first rank. A thread sends the beats, so a killed rank stops counting.
 
     timeout: seconds that collective operations wait for a rank, once all ranks have started.
     """
@@ -88,7 +88,8 @@ class Heartbeat(L.Callback):
             time.sleep(SILENCE)
             now = self._beats()
             silent = [self._name(other) for other in range(self._world) if before[other] == now[other]]
-            # The first answer counts: the rank that gives it then ends, and later answers would list it as lost, too.
+            # The first answer counts, because the rank that gives it then ends, and later answers would also list it as
+            # lost.
             return self._store.compare_set("lost", "", "\n".join(silent)).decode().split("\n") if silent else []
         except RuntimeError:
             return ["rank 0"]

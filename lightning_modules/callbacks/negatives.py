@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class NegativesReport(L.Callback):
     """Logs how many negatives the queries in each task's first batch have, not counting masked documents.
 
-    Logs a warning if no query has any: then the loss is always 0, and the task learns nothing.
+    Logs a warning if no query has any, because the loss is then always 0, and the task learns nothing.
     """
 
     def __init__(self) -> None:

@@ -34,7 +34,7 @@ class Preemption(L.Callback):
         self._stop_if_asked(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step > self._step:  # not between the batches of an optimizer step
+        if trainer.global_step > self._step:  # only after whole optimizer steps
             self._step = trainer.global_step
             self._stop_if_asked(trainer)
 

@@ -28,7 +28,7 @@ GIB = 1 << 30
 
 
 class TrainingLog(L.Callback):
-    """Logs, every n optimizer steps and for each task, the means of training_step's outputs and the number of batches.
+    """Logs the means of training_step's outputs and the number of batches, for each task, every n optimizer steps.
 
     Each batch has one task, so the values of a single step would not cover all tasks.
 
@@ -39,7 +39,7 @@ class TrainingLog(L.Callback):
     def __init__(self, every_n_steps: int, plain: bool, peak_tflops: float = 0.0):
         self.every_n_steps, self.plain, self.peak_tflops = every_n_steps, plain, peak_tflops
         self.latest: dict[str, str] = {}  # values for the progress bar: last losses, and speed
-        # Sums of each output over a task's batches since the last row, and the number of these batches.
+        # For each task: sums of each output over the batches since the last row, and the number of these batches.
         self.sums: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.num_batches: Counter[str] = Counter()
 
@@ -147,7 +147,7 @@ class TrainingBar(RichProgressBar):
 
     @property
     def total_train_batches(self) -> int:
-        """Number of batches in the run. Lightning's is too low in resumed runs, because it counts remaining steps."""
+        """Number of batches in the run. Lightning's is too low in resumed runs: it counts the remaining steps."""
         return self.trainer.max_steps * self.trainer.accumulate_grad_batches
 
     def _get_train_description(self, current_epoch: int) -> str:

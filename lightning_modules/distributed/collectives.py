@@ -29,9 +29,9 @@ _host_groups: WeakKeyDictionary[Any, dist.ProcessGroup | None] = WeakKeyDictiona
 
 
 def host_group() -> dist.ProcessGroup | None:
-    """Return a group of all ranks that exchanges tensors in host memory; None is the default group.
+    """Return a group of all ranks that exchanges tensors in host memory, or None for the default group.
 
-    The host does not wait for pending work on the GPU to exchange such tensors. All ranks must make the first call.
+    Exchanging such tensors does not wait for pending work on the GPU. All ranks must make the first call.
     """
     default = dist.group.WORLD
     if default not in _host_groups:
@@ -81,8 +81,8 @@ def on_any_rank(flag: bool) -> bool:
 def together(work: Callable[[], Result]) -> Result:
     """Call a function on all ranks, wait for all of them, and return this rank's result.
 
-    If one rank raises an error, all ranks raise one, so that none waits forever: the same UserError, or a RuntimeError
-    that names the rank and its error. Preempted ends the rank at once.
+    If one rank raises an error, all ranks raise one, so that no rank waits forever: the same UserError, or a
+    RuntimeError that names the rank and its error. Preempted ends the rank at once.
     """
     if world_size() == 1:
         return work()
@@ -149,7 +149,7 @@ def gather_documents(documents: Tensor, document_ids: Tensor) -> GatheredDocumen
     a single process with the whole batch.
 
     documents: vectors of this rank's documents, (m, D).
-    document_ids: their ids, (m,).
+    document_ids: ids of the documents, (m,).
     """
     if world_size() == 1:
         return GatheredDocuments(documents, document_ids, 0)

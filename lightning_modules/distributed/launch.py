@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 def number(name: str, default: int = 0, environment: Mapping[str, str] = os.environ) -> int:
-    """Return an environment variable as a whole number. Raises UserError if it is not one."""
+    """Return an environment variable as an integer. Raises UserError if it is not an integer."""
     value = str(environment.get(name, default))
     if not value.isdecimal():
         from datamodules.records import UserError
@@ -35,7 +35,7 @@ def local_rank() -> int:
 
 
 def under_srun() -> bool:
-    """Return whether srun started this process itself, and not just a shell that contains it."""
+    """Return whether srun started this process itself, not just a shell around it."""
     return "SLURM_STEP_ID" in os.environ and "SLURM_PROCID" in os.environ and not by_torchrun()
 
 
@@ -44,7 +44,7 @@ def by_torchrun() -> bool:
 
 
 def num_tasks() -> int:
-    """Return the number of tasks of the SLURM job step."""
+    """Return the number of tasks in the SLURM job step."""
     return number("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS", 1)
 
 
@@ -54,7 +54,7 @@ def num_ranks() -> int:
 
 
 def alone() -> bool:
-    """Return whether this is the only rank, so that none can wait for it."""
+    """Return whether this is the only rank, so that no other rank can wait for it."""
     if under_srun() and num_tasks() > 1:
         return False
     return number("WORLD_SIZE", 1) == 1 and "NODE_RANK" not in os.environ

@@ -5,8 +5,8 @@ layer is computed. After its backward pass, gradients are averaged over ranks, a
 (Rajbhandari et al., arXiv 1910.02054, stage 3).
 
 The encoder's modules and their names do not change. Modules that are gathered together form a Unit outside the encoder,
-through which the encoder's methods are called. So all ranks must compute the same layers in the same order, as they do
-in a training step (chunked.py). To encode different texts on each rank, they create a replica.
+which calls the encoder's methods. So all ranks must compute the same layers in the same order, as in a training step
+(chunked.py). To encode different texts, ranks create a replica.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ShardedStrategy(DDPStrategy):
 
 
 class Unit(nn.Module):
-    """Modules whose parameters are gathered together, while `forward` calls a function."""
+    """Modules whose parameters are gathered together while `forward` calls a function."""
 
     def __init__(self, *members: nn.Module):
         super().__init__()
@@ -83,7 +83,7 @@ def shard(encoder: Encoder, device: torch.device) -> None:
         setattr(encoder, name, partial(_call_in_unit, layers, getattr(encoder, name)))
     encoder.forward_with_penalty = partial(whole_encoder, encoder.forward_with_penalty)  # type: ignore[method-assign]
     encoder.sharded = True
-    # Vectors and prefixes are views. The warning is about in-place changes, which nothing makes.
+    # Vectors and prefixes are views. The warning is about in-place changes, which never happen here.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
@@ -103,7 +103,7 @@ def replica(encoder: Encoder) -> Encoder:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a sharded tensor as a whole one. All ranks must call this together."""
+    """Return the whole of a sharded tensor. All ranks must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end. They are recorded at once, and handled where the run can stop without loss.
+"""Signals that ask a run to end. They are recorded immediately, and handled where the run can stop without loss.
 
 This module has no heavy imports, so that an entry point can catch signals before its other imports, which take ten
 seconds.
@@ -56,7 +56,7 @@ def ignore() -> None:
 
 def _note(number: int, _frame: object) -> None:
     global _noted
-    if os.getpid() != _owner:  # a forked process leaves signals to its parent
+    if os.getpid() != _owner:  # a forked process leaves signals to the parent
         return
     is_second_interrupt = _noted == number == signal.SIGINT
     _noted = max(_noted, signal.Signals(number), key=ASKING.index) if _noted else signal.Signals(number)
@@ -72,10 +72,10 @@ def noted() -> signal.Signals | None:
 
 
 def leave_if_asked(*_: object) -> None:
-    """Raise Preempted if a signal was received and this process may end on its own.
+    """Raise Preempted if a signal was received, and this process may end on its own.
 
-    It may if it is the only rank, or the first rank of a SLURM job, which ends with it. Otherwise, ranks end together
-    after a step.
+    It may if it is the only rank, or the first rank of a SLURM job (the job then ends with it). Otherwise, all ranks
+    end together after a step.
     """
     if _noted and (launch.alone() or (launch.under_srun() and launch.rank() == 0)):
         raise Preempted(_noted)

@@ -1,6 +1,6 @@
 """Adapters: one small bottleneck per expert after each feed-forward sub-layer (Houlsby et al., 2019).
 
-They have the form of SPECTER2's (Singh et al., 2023), whose files are read without the library `adapters`:
+They have the form of SPECTER2's adapters (Singh et al., 2023), whose files are read without the library `adapters`:
 
     dense = W_out gelu(W_in h)        x = LayerNorm(dense + h)        y = LayerNorm(W_up relu(W_down x) + dense + h)
 
@@ -48,12 +48,12 @@ class Bottleneck(nn.Module):
 
 
 class AdapterEncoder(Encoder):
-    """An encoder whose layers end with the adapter of the task.
+    """An encoder whose layers end with the task's adapter.
 
     reduction_factor: hidden size divided by the size of the bottleneck.
     activation: activation function of the bottleneck.
     freeze_backbone: whether only the adapters are trained.
-    document_tasks: task -> the task whose adapter encodes its documents. A task that is not in it uses its own adapter.
+    document_tasks: task -> the task whose adapter encodes its documents. All other tasks use their own adapter.
         SPECTER2's search needs this. An encoder with document_tasks cannot be trained.
     """
 
@@ -163,7 +163,7 @@ def with_adapters(encoder: Encoder, adapters: Mapping[str, str]) -> AdapterEncod
 
 
 def read_adapter(name: str, key: str) -> Adapter:
-    """Read an adapter from a folder or the hub. key: argument that the name comes from, for error messages."""
+    """Read an adapter from a folder or the hub. key: argument with the name, for error messages."""
     with reading(name, key):
         patterns = ["adapter_config.json", "pytorch_adapter.bin", "adapter.safetensors"]
         folder = Path(name) if Path(name).is_dir() else Path(snapshot_download(name, allow_patterns=patterns))

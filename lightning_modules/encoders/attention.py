@@ -24,7 +24,7 @@ from torch.nn.attention.varlen import varlen_attn
 from datamodules.packed import Tokens
 
 VARLEN_ARGUMENTS = inspect.signature(varlen_attn).parameters  # torch 2.10 has neither windows nor splits
-# With one split, the vector of a text does not depend on the texts around it.
+# With one split, a text's vector does not depend on the other texts in the batch.
 NUM_SPLITS = {"num_splits": 1} if "num_splits" in VARLEN_ARGUMENTS else {}
 
 
@@ -56,8 +56,8 @@ class AttentionContext:
     tokens: the batch.
     positions: position of each token in its text, (T,).
     rotations: attention type of a layer -> cosines and sines of the rotary positions, each (T, d).
-    bias: number that all layers add to the score of a key, by its distance from the query, -(M-1), ..., M-1,
-        (H, 2M-1); None for no bias.
+    bias: number to add to a key's score in all layers, by distance from the query, -(M-1), ..., M-1, (H, 2M-1); None
+        for no bias.
     """
 
     tokens: Tokens
@@ -82,7 +82,7 @@ class AttentionContext:
         return {}
 
     def prefixed_rows(self, size: int) -> Tensor:
-        """Return the rows of [prefix; tokens], (P + T, ...), that give each text its own copy of the prefix.
+        """Return rows of [prefix; tokens], (P + T, ...), that give each text its own copy of the prefix.
 
         size: number of positions in the prefix, P. The result has the shape (T + B x P,).
         """
@@ -102,7 +102,7 @@ class AttentionContext:
 def attend(query: Tensor, key: Tensor, value: Tensor, context: AttentionContext, settings: Settings) -> Tensor:
     """Compute scaled dot-product attention within each text and join the heads, (L, D).
 
-    query: (L, H, d). If L = B, they belong to the first position of each text.
+    query: (L, H, d). If L = B, these are the first positions of the texts.
     key, value: (T, H, d).
     """
     if settings.window is not None and context.tokens.max_length <= settings.window + 1:
@@ -119,7 +119,7 @@ def choose_kernel(query: Tensor, context: AttentionContext, settings: Settings) 
         return attend_padded
     if settings.window is None:
         return attend_varlen
-    # varlen_attn aligns a window with the last key, so queries and keys must be the same positions.
+    # varlen_attn aligns windows with the last key, so queries and keys must have the same positions.
     same_positions = settings.prefix is None and len(query) == context.tokens.num_tokens
     return attend_varlen if same_positions and "window_size" in VARLEN_ARGUMENTS else attend_padded
 
@@ -183,9 +183,9 @@ def attend_padded(query: Tensor, key: Tensor, value: Tensor, context: AttentionC
 def _padded_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, context: AttentionContext, settings: Settings
 ) -> Tensor:
-    """Compute attention (B, L, H, d) of queries (B, H, L, d) to keys and values (B, H, S, d), after the prefix.
+    """Compute attention (B, L, H, d) of queries (B, H, L, d) to the prefix and to keys and values (B, H, S, d).
 
-    mask: whether a query attends to a key, without the prefix, bool.
+    mask: whether a query attends to a key (excluding the prefix), bool.
     """
     prefix, num_keys = settings.prefix, [key.shape[2]]
     if prefix is not None:

@@ -36,7 +36,7 @@ from lightning_modules.encoders.families import FAMILIES
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 PACKAGE = "package:"
 WEIGHTS, CHECKSUM = "model.safetensors", "checksum.json"
-# Far above any published text encoder.
+# Upper limits, far above any published text encoder.
 MAX_SIZES = {
     "num_hidden_layers": 1_000,
     "num_attention_heads": 10_000,
@@ -70,7 +70,7 @@ def package_folder(name: str) -> str | None:
 def installed(model: str, key: str = "model") -> str:
     """Return the folder of a package:NAME. Return any other model unchanged. Raises UserError if it is not installed.
 
-    key: argument that the model comes from, for error messages.
+    key: argument that names the model, for error messages.
     """
     if not model.startswith(PACKAGE):
         return model
@@ -141,8 +141,8 @@ def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tu
     """Load a backbone of one of the FAMILIES, or the BERT inside a DPR encoder, and its tokenizer.
 
     name: folder or hub name.
-    key: argument that the name comes from, for error messages.
-    with_weights: whether to load the weights. If not, they are on the meta device, and DPR is not supported.
+    key: argument with the name, for error messages.
+    with_weights: whether to load the weights. If not, parameters are on the meta device, and DPR is not supported.
     Raises UserError if the model is missing, damaged or unsupported.
     """
     with reading(name, key):
@@ -166,7 +166,7 @@ def load_backbone(name: str, key: str = "name", with_weights: bool = True) -> tu
 
 
 def check_complete(name: str, info: dict[str, Any]) -> None:
-    """Raise UserError unless a model's file has exactly the weights of its layers, ignoring poolers and heads.
+    """Raise UserError unless a model's file has exactly the weights of the layers, ignoring poolers and heads.
 
     Otherwise, transformers would initialize missing weights at random. info: loading info of from_pretrained.
     """
@@ -185,7 +185,7 @@ def reading(name: str, key: str) -> Iterator[None]:
     """Convert all errors raised while reading a model to UserError.
 
     name: folder, file or hub name.
-    key: argument that the name comes from, for error messages.
+    key: argument with the name, for error messages.
     """
     hub_name = re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name) and not ("/" in name and Path(name).parent.is_dir())
     if not Path(name).exists() and not hub_name:
@@ -210,7 +210,7 @@ def check_checksum(folder: Path) -> None:
         return
     if read_json(folder / CHECKSUM).get(WEIGHTS) != checksum(regular(folder / WEIGHTS)):
         raise UserError(
-            f"{folder / WEIGHTS}: was altered or damaged after the export; export the model again, or delete "
+            f"{folder / WEIGHTS}: was changed or damaged after the export; export the model again, or delete "
             f"{CHECKSUM} if you changed the weights yourself"
         )
 
@@ -231,7 +231,7 @@ def quiet_transformers() -> None:
 
 
 def check_family(config: PreTrainedConfig, name: str, key: str, *others: str) -> None:
-    """Raise UserError unless a model belongs to one of the FAMILIES or to one of the other types."""
+    """Raise UserError unless a model's type is in one of the FAMILIES, or is one of the additional types."""
     if config.model_type not in (*FAMILIES, *others):
         types = " or ".join([", ".join(FAMILIES), *others])
         raise UserError(f"{key}: {name!r} is a model of type {config.model_type}; expected {types}")

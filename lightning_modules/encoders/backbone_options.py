@@ -1,4 +1,4 @@
-"""The options of a backbone and of LoRA, without the modules that they configure."""
+"""Options of a backbone and of LoRA, in a module without heavy imports."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ class LoraOptions:
 
     rank: int = option(0, "rank of the two matrices; 0: no LoRA", minimum=0, maximum=100_000)
     alpha: float = option(16.0, "the product of the two matrices is multiplied by alpha / rank", above=0, maximum=1e6)
-    dropout: float = option(0.0, "dropout of the inputs of the matrices", minimum=0, below=1)
+    dropout: float = option(0.0, "dropout on the inputs of the matrices", minimum=0, below=1)
     targets: list[str] = option(
-        [], "ends of the names of linear layers, such as [query, value]; by default attention, and all of experts"
+        [],
+        "name endings of linear layers, such as [query, value]; by default, attention and all layers of experts",
     )
 
 
@@ -27,7 +28,7 @@ class BackboneOptions:
     """The Transformer inside the encoder. Without a name, or if its package is not installed, it is a random BERT."""
 
     name: str | None = option(
-        None, "folder, hub name, or package:NAME, an installed package whose get_model_path() is a folder"
+        None, "folder, hub name, or package:NAME (an installed package whose get_model_path() returns a folder)"
     )
     config: dict[str, Any] = option({}, "shape of a random BERT: fields of transformers.BertConfig")
     vocab_size: int = option(

@@ -39,7 +39,7 @@ TaskVectors = dict[str, Tensor]  # task -> vectors (n, D)
 
 
 class EncodeKeywords(TypedDict, total=False):
-    """Types of the options of Encoder.encode, where they are documented."""
+    """Types of the options of Encoder.encode, which documents them."""
 
     token_budget: int | None
     advance: Advance | None
@@ -49,7 +49,7 @@ class EncodeKeywords(TypedDict, total=False):
 class Condition(NamedTuple):
     """Inputs of the layers that depend on the task.
 
-    experts: expert of all texts, or the experts of groups of texts.
+    experts: expert for all texts, or experts for groups of texts.
     prefixes: keys and values of the task's instruction, one Prefix per layer.
     routing: one-hot choice of an expert for each computed position, (L, E).
     mixtures: layer -> expert -> weight of its outputs, a scalar.
@@ -67,19 +67,19 @@ class Encoder(nn.Module):
     backbone: model of one of the FAMILIES. Variants change it in place.
     tasks: task -> name of the expert that serves it.
     pooling: one of POOLINGS: "cls" (the last layer's first token, as in the paper), "mean", ...
-    normalize: whether vectors are scaled to length 1.
-    max_length: maximum number of tokens of a text, including special tokens.
+    normalize: whether to scale vectors to length 1.
+    max_length: maximum number of tokens per text, including special tokens.
 
     Variants override layer, and also condition if their layers depend on the task. They store each argument of their
     constructor in an attribute of the same name.
     """
 
-    # Whether a step on one task leaves some parameters without gradients, so that DDP must find unused parameters.
+    # Whether a step on one task leaves some parameters without gradients. If so, DDP must find unused parameters.
     has_idle_parameters: ClassVar[bool] = False
-    # Whether texts of a task have different experts. If so, the number of rows per expert depends on the batch.
+    # Whether texts of one task have different experts. If so, the number of rows per expert depends on the batch.
     groups_texts: ClassVar[bool] = False
-    reads_keys: ClassVar[bool] = False  # whether it needs the hashes of texts, Tokens.keys
-    # Names of the methods that compute one layer. Their first argument is its index.
+    reads_keys: ClassVar[bool] = False  # whether the encoder needs the hashes of texts, Tokens.keys
+    # Names of the methods that compute one layer. Their first argument is the layer's index.
     layer_methods: ClassVar[tuple[str, ...]] = ("layer",)
     lora_scale: float | None = None  # alpha / rank, of an encoder with LoRA (lora.py)
     # Similarity that the encoder was trained with, "dot" or "cosine"; None if unknown.
@@ -133,7 +133,7 @@ class Encoder(nn.Module):
 
     @property
     def pools_one_position(self) -> bool:
-        """Whether the last layer needs to compute only the first position of each text."""
+        """Whether the last layer only needs to compute the first position of each text."""
         return self.pooling == "cls"
 
     @property
@@ -179,7 +179,7 @@ class Encoder(nn.Module):
         """
 
     def document_task(self, task: str) -> str:
-        """Return the task to encode a task's documents for. Queries are always encoded for the task itself."""
+        """Return the task for which a task's documents are encoded. Queries are always encoded for the task itself."""
         return task
 
     def served_by(self, task: str) -> Hashable:
@@ -244,7 +244,7 @@ class Encoder(nn.Module):
     def casting(self) -> Iterator[None]:
         """Under autocast, cast the weights of linear layers once, instead of in each layer of each chunk.
 
-        Embeddings and LayerNorm stay in float32. For sharded encoders, which do not have whole weights, do nothing.
+        Embeddings and LayerNorm stay in float32. Does nothing for sharded encoders, which do not have whole weights.
         """
         device = self.device.type
         if self.sharded or self._weights or not torch.is_autocast_enabled(device):
@@ -297,7 +297,7 @@ class Encoder(nn.Module):
     def _compute_layer(
         self, index: int, hidden: Tensor, states: Tensor, context: AttentionContext, condition: Condition
     ) -> Tensor:
-        """Compute one layer, with gradient checkpointing if enabled. The last one includes the end of the backbone."""
+        """Compute a layer, with gradient checkpointing if enabled. The last layer includes the end of the backbone."""
         arguments = (index, hidden, states, context, condition)
         if self.gradient_checkpointing and self.training:
             weights = self._weights
@@ -359,9 +359,9 @@ class Encoder(nn.Module):
         tasks: several tasks, instead of task. The result is then task -> vectors, and shared layers are computed once.
         token_budget: maximum number of tokens per forward pass; the default is fast on the device.
         advance: function called after each forward pass with its number of texts.
-        batch_invariant: whether the exact bits of a text's vector must not depend on the texts encoded with it, for a
-            given device and token_budget. This takes longer. On GPUs, it needs torch 2.13, and an encoder whose experts
-            do not depend on the text.
+        batch_invariant: whether the exact bits of a text's vector must not depend on other texts, for a given device
+            and token_budget. This takes longer. On GPUs, it needs torch 2.13, and an encoder whose experts do not
+            depend on the text.
         """
         options: Any = {"token_budget": token_budget, "advance": advance, "batch_invariant": batch_invariant}
         (vectors,) = self.encode_each([documents], **(options | {"task": task, "tasks": tasks}))
@@ -388,7 +388,7 @@ class Encoder(nn.Module):
         """Yield the result of encode for each group of documents, with exactly the same bits.
 
         The next groups are read and tokenised while the device computes, so this is faster than calling encode for each
-        group. If you may not exhaust the generator, close it (contextlib.closing).
+        group. If you do not exhaust the generator, close it (contextlib.closing).
         """
         if self.sharded:
             raise RuntimeError("a sharded encoder cannot encode; use sharding.replica(encoder)")
@@ -404,8 +404,8 @@ class Encoder(nn.Module):
             raise UserError("batch_invariant: on GPUs it needs torch 2.13 or later")
         if batch_invariant and self.device.type != "cpu" and self.groups_texts:
             raise UserError(
-                f"batch_invariant: {type(self).__name__} supports it on CPUs only, because the number of texts that an "
-                "expert computes together, and so the last bits of their vectors, depend on the other texts"
+                f"batch_invariant: {type(self).__name__} only supports it on CPUs, because the number of texts that "
+                f"an expert computes together depends on the other texts, and with it the last bits of vectors"
             )
         token_budget = token_budget or default_token_budget(self.device)
         results = encode_units(self, units, names, token_budget, advance, batch_invariant)
@@ -444,7 +444,9 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedMode
             raise UserError(f"the tokenizer has no {name}; is its tokenizer_config.json missing?")
     # vocab_size does not count tokens that were added to the tokenizer.
     vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
-    if vocabulary and vocabulary.keys() <= set(tokenizer.all_special_tokens):  # transformers makes one without its file
+    if vocabulary and vocabulary.keys() <= set(
+        tokenizer.all_special_tokens
+    ):  # transformers creates such a tokenizer if its file is missing
         raise UserError("the tokenizer has no words, only special tokens; is its tokenizer.json or vocab.txt missing?")
     size = max(vocabulary.values(), default=0) + 1
     limit: Any = backbone.get_input_embeddings().num_embeddings

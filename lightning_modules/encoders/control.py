@@ -1,7 +1,7 @@
-"""The control of an MoE: experts of the same number and size that do not know the task.
+"""The control for an MoE: as many experts of the same size, but without knowledge of the task.
 
 A hash of a text's token ids selects its expert, so that experts cannot specialize. A comparison with MoEEncoder shows
-the benefit of experts that know the task, apart from the additional parameters.
+how much experts gain from knowing the task, apart from the additional parameters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lightning_modules.encoders.moe import add_experts
 class ControlEncoder(Encoder):
     """An encoder with as many experts as an MoEEncoder for the same tasks, but chosen by a hash of the text.
 
-    A text always has the same expert: for every task and batch, in training and inference.
+    A text always has the same expert, for every task and batch, in training and inference.
 
     attention, ffn, layers: sub-layers that have experts, as in MoEEncoder.
     """
@@ -55,7 +55,7 @@ class ControlEncoder(Encoder):
         return super()._layers(indices, states, context, Condition(experts=self._groups(context.tokens)))
 
     def _groups(self, tokens: Tokens) -> Groups:
-        """Return the rows of each expert. Their number is computed on the host, which does not wait for the device.
+        """Return the rows of each expert. The host computes their number, without waiting for the device.
 
         Experts without rows are included, so that all ranks have gradients for the same parameters.
         """

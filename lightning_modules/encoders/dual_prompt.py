@@ -2,10 +2,10 @@
 
 ULTRA-DP (Chen et al., arXiv 2310.14845, section 3) attaches a node to a paper's graph. Its features are a vector of the
 task plus tanh(W r / std(r) + b), where r is the reachability of the anchors: the probabilities that a random walk from
-the paper is at each of the papers that walks visit most. Here the text attends to the instruction (instruct.py), and
-the second term is added to the embedding of its first token (text_features.py).
+the paper is at each of the papers that walks visit most. Here, the text attends to the instruction (instruct.py), and
+the second term is added to the embedding of the text's first token (text_features.py).
 
-Queries, and papers that are not in the graph, have no position. They are encoded as without this feature.
+Queries, and papers outside the graph, have no position. They are encoded as usual.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def dense(encoder: Encoder, task: str) -> Encoder:
     task: a task of the encoder, or "average" for the mean of all experts.
     """
     if type(encoder) not in (SharedEncoder, MoEEncoder, PromptEncoder):
-        problem = "has no plain form, because a plain model cannot compute its vectors"
+        problem = "has no plain form, because a plain model cannot compute the same vectors"
         raise UserError(f"{type(encoder).__name__} {problem}; save the whole encoder instead")
     if task == AVERAGE and not isinstance(encoder, MoEEncoder):
         raise UserError(f"{type(encoder).__name__} has no experts to average")

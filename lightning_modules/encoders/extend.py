@@ -1,4 +1,4 @@
-"""New tasks for a trained encoder. If only their experts are trained, the vectors of its old tasks do not change."""
+"""Add tasks to a trained encoder. If only the new experts are trained, the vectors of the old tasks do not change."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ def check_new_tasks(encoder: Encoder, tasks: Mapping[str, str]) -> None:
         encoder.add_expert("", "")  # raises
     for task, expert in tasks.items():
         if task in encoder.tasks:
-            raise UserError(f"task {task}: the encoder already has it (its tasks are {', '.join(encoder.tasks)})")
+            raise UserError(
+                f"task {task}: the encoder already has this task (its tasks are {', '.join(encoder.tasks)})"
+            )
         if expert in encoder.tasks.values():
             raise UserError(f"task {task}: the expert {expert} already exists; a new task needs a new expert")
 
 
 def add_tasks(encoder: Encoder, tasks: Mapping[str, str], like: Mapping[str, str], freeze: bool = True) -> None:
-    """Add tasks to an encoder. Raises UserError as check_new_tasks does.
+    """Add tasks to an encoder. Raises UserError like check_new_tasks.
 
     tasks: task -> expert. New tasks can share an expert.
     like: task -> the existing task whose expert is copied.

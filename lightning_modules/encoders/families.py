@@ -4,8 +4,8 @@
     MPNet        MPNet: the same, plus a bias on the scores by distance of query and key, shared by all layers
     ModernBert   ModernBERT: LayerNorm before each sub-layer, rotary positions, sliding windows in most layers
 
-Modules and parameters come from Hugging Face; only the forward pass is ours. It can therefore compute texts that are
-packed end to end, replace sub-modules with Experts, and prepend a Prefix to the keys and values of attention.
+Modules and parameters come from Hugging Face; only the forward pass is ours. It can therefore compute concatenated
+texts without padding, replace sub-modules by Experts, and prepend a Prefix to the keys and values of attention.
 
 Everything but attention is computed row by row, by functions of modules and tensors that torch can compile.
 
@@ -51,13 +51,13 @@ def any_expert(module: nn.Module) -> Any:
 
 
 def active_rate(dropout: nn.Dropout) -> float:
-    """Return the rate of a dropout module; 0 in inference."""
+    """Return the rate of a dropout module, or 0 in inference."""
     return dropout.p if dropout.training else 0.0
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The rows of each expert, in a batch whose texts have different experts.
+    """The rows of each expert in a batch whose texts have different experts.
 
     tokens: pairs of an expert and its rows among the T tokens. Each row is in exactly one pair.
     texts: the same for the B texts.
@@ -69,7 +69,7 @@ class Groups:
     texts: Sequence[tuple[str, slice | Tensor]]
 
 
-# The name of the expert of all rows, the experts of groups of rows, or None without experts.
+# One expert's name for all rows, the experts of groups of rows, or None without experts.
 Choice = str | Groups | None
 
 
@@ -98,8 +98,9 @@ def by_expert(
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function of modules and rows.
 
-    It is compiled again only for a new dtype, for inference, and for a single row: the number of rows is dynamic, and
-    modules of the same kind share their code. Attention is not compiled, because its shapes differ in each batch.
+    It is only compiled again for a new dtype, for inference, and for a single row, because the number of rows is
+    dynamic and modules of the same kind share their code. Attention is not compiled, because its shapes differ in each
+    batch.
     """
     return torch.compile(function, dynamic=True)
 

@@ -161,8 +161,8 @@ def test_links_between_collections_of_a_file_are_counted(tmp_path, caplog):
         ),
         ("p0 p1\np0 p1 p2\n", "graph.tsv, line 2: expected two ids"),
         ("p0 p1\np0\n", "graph.tsv, line 2: expected two ids"),
-        ("p0 p0\n", "has no link between two papers"),
-        ("", "has no link between two papers"),
+        ("p0 p0\n", "has no links between papers"),
+        ("", "has no links between papers"),
         (None, "graph.tsv: cannot be opened"),
     ],
 )

@@ -58,7 +58,7 @@ def test_judgements_of_a_paper_with_itself_are_ignored(tmp_path, queries_are_doc
             assert [example.query for example in examples] == [0, 3]
         else:
             assert pairs == [((0, 3), ()), ((1,), ()), ((0,), (3,))]
-    assert caplog.text.count("ignored 3 of 5 judgements: they relate a paper to itself") == (
+    assert caplog.text.count("ignored 3 of 5 judgements, which relate a paper to itself") == (
         2 if queries_are_documents else 0
     )
 

@@ -326,7 +326,7 @@ def test_writing_a_store_replaces_only_older_stores(make_task, tmp_path, kind):
     else:
         path.symlink_to(tmp_path / "other")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="is not a store of hard negatives and will not be replaced"):
+    with pytest.raises(UserError, match="is not a store of hard negatives, so it will not be replaced"):
         written(path, data, [[2]] * 12)
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "other" / "meta.json").write_bytes(b"{")  # damaged

@@ -101,7 +101,7 @@ def test_name_of_several_labels_needs_an_id(tmp_path):
     path = tmp_path / "relation.tsv"
     target = space("t", "Mercury", "Mercury", "")
     for label, message in (
-        ("Mercury", "is the name of several labels of t; give the id of one"),
+        ("Mercury", "is the name of several labels of t; use an id"),
         ("", "is not a label"),
     ):
         path.write_text(f"Algebra\t{label}\t1\n")

@@ -159,7 +159,7 @@ def test_wrong_weights_raise_user_error(strategy, weights, message):
 
 def test_phases_that_do_not_start_at_0_and_increase_raise_user_error():
     for firsts in ([1], [0, 5, 5], [0, 9, 3], []):
-        with pytest.raises(UserError, match="expected to start at step 0 and then at increasing steps"):
+        with pytest.raises(UserError, match="the first must start at step 0 and the others at increasing steps"):
             Schedule(SIZES, dict.fromkeys(SIZES, 4), 1, [Phase(first) for first in firsts])
 
 

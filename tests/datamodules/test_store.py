@@ -239,7 +239,7 @@ def test_streaming_a_beir_folder_raises_the_errors_of_reading(streamed, tmp_path
             f"{query}\t{document}\t{int(grade) + 1}",
             f"split train: query '{query}' and document '{document}' have the scores",
         ),
-        (f"nobody\t{document}\t1", "query ids that are not in queries.jsonl .lines: 1, different ids: 1.: 'nobody'"),
+        (f"nobody\t{document}\t1", "these query ids are not in queries.jsonl .1 lines, 1 different ids.: 'nobody'"),
         (f"{query}\t{document}", "line [0-9]+: expected query-id, corpus-id and score"),
         (f"{query}\t{document}\thigh", "line [0-9]+: the score must be an integer"),
     ):
@@ -254,7 +254,7 @@ def test_streaming_a_beir_folder_raises_the_errors_of_reading(streamed, tmp_path
     texts = corpus.read_text().splitlines()
     corpus.write_text("\n".join([*texts, texts[0]]) + "\n")
     with pytest.raises(
-        UserError, match=rf"corpus.jsonl, line {len(texts) + 1}: duplicate id .*: an earlier line has it too"
+        UserError, match=rf"corpus.jsonl, line {len(texts) + 1}: duplicate id .*, which an earlier line also has"
     ):
         stored(beir, tmp_path / "cache")
 

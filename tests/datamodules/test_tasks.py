@@ -47,7 +47,7 @@ def test_collections_of_a_task_have_separate_rows(make_backbone):
 def test_task_without_positives_raises_user_error(make_task):
     collection = toy_collection()
     nothing = {query: dict.fromkeys(grades, 0) for query, grades in collection.qrels["train"].items()}
-    with pytest.raises(UserError, match="task search: no query of a train split has a positive, in toy .train."):
+    with pytest.raises(UserError, match="task search: in toy .train., no query of a train split has a positive"):
         make_task(SearchDataModule, collection=Collection(collection.corpus, collection.queries, {"train": nothing}))
 
 

@@ -265,7 +265,7 @@ def test_first_value_of_columns_with_the_same_name_counts(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("x,y\n1,2\n", "no column is called title or abstract (columns here: x, y)"),
+        ("x,y\n1,2\n", "no column is called title or abstract (found: x, y)"),
         ("title,abstract\na\n", "line 2, entry 1: has 1 cells, but the header has 2"),
         ("title,abstract\na,b".encode("utf-16"), "is UTF-16; save it as UTF-8"),
         ("title,abstract\ncaf\u00e9,b".encode("latin-1"), "title is not UTF-8 (byte 0xe9 at character 4)"),
@@ -279,7 +279,7 @@ def test_file_of_windows_says_how_to_convert_it(tmp_path):
     """The error asked whether the format was right, and named the reason as 'not UTF-... ...'."""
     with pytest.raises(UserError) as caught:
         read(tmp_path / "a.csv", "title,abstract\nMüller,b\n".encode("cp1252"), policy="skip")
-    assert "(1 x title is not UTF-8 ...). Save the file as UTF-8, or convert it (iconv" in str(caught.value)
+    assert "(1 x title is not UTF-8 ...). Save the file as UTF-8, or convert it (if" in str(caught.value)
 
 
 def test_first_line_of_a_csv_file_for_excel_names_the_separator(tmp_path):
@@ -307,7 +307,7 @@ def test_workbook_may_have_blank_rows_missing_cells_and_further_sheets(tmp_path,
     workbook.save(tmp_path / "a.xlsx")
     papers = read(tmp_path / "a.xlsx", (tmp_path / "a.xlsx").read_bytes())
     assert [(paper.title, paper.abstract) for paper in papers] == [("A", ""), ("B", "b")]
-    assert caplog.messages == [f"{tmp_path / 'a.xlsx'}: only the sheet Sheet is read; not read: more"]
+    assert caplog.messages == [f"{tmp_path / 'a.xlsx'}: reading only the sheet Sheet; not read: more"]
 
 
 def test_workbook_that_expands_without_end_is_refused(tmp_path):
@@ -367,7 +367,7 @@ def test_file_without_a_record_is_named(tmp_path, caplog):
     """Next to other files, a RIS file with the suffix .bib was nothing, without a word."""
     assert read(tmp_path / "a.bib", "TY  - JOUR\nTI  - A\nER  - \n") == []
     assert caplog.messages == [
-        f"{tmp_path / 'a.bib'}: no record was read as bibtex; if the file has another format, set it as format"
+        f"{tmp_path / 'a.bib'}: no record could be read as bibtex; if the file has another format, set format"
     ]
 
 
@@ -382,8 +382,8 @@ def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path, caplog):
     assert files_of(tmp_path) == [tmp_path / "a.bib"]
     warn_of_unread(tmp_path, files_of(tmp_path))
     assert caplog.messages == [
-        f"{tmp_path}: not read, because it is the output of an import: {tmp_path / 'out'}",
-        f"{tmp_path}: not read, because their suffix is not that of a format of papers: 2 x .pdf, 1 x .nbib",
+        f"{tmp_path}: not read, because these are outputs of imports: {tmp_path / 'out'}",
+        f"{tmp_path}: not read, because of an unknown suffix: 2 x .pdf, 1 x .nbib",
     ]
     assert files_of(tmp_path / "out") == [tmp_path / "out" / "papers.jsonl"]
     warn_of_unread(tmp_path / "out", files_of(tmp_path / "out"))

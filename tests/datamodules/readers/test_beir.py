@@ -81,7 +81,7 @@ def test_missing_qrels_raise_user_error(folder):
         ('{"_id": "d3", "text": "\\ud800"}', "line 3: text contains half of a surrogate pair"),
         ("[" * 100_000, "line 3: nested too deeply"),
         ('{"_id": "d3", "text": ["x"]}', "line 3: text must be a string"),
-        ('{"_id": "d1", "text": "x"}', "line 3: duplicate id 'd1': an earlier line has it too"),
+        ('{"_id": "d1", "text": "x"}', "line 3: duplicate id 'd1', which an earlier line also has"),
         ('{"_id": "d3"}', "line 3: document 'd3' has neither title nor text"),
     ],
 )
@@ -111,7 +111,7 @@ def test_unknown_ids_are_counted_and_listed(folder):
     message = error_of(folder)
     assert "none of the judged documents is in the corpus: 'x0', 'x1', 'x2', 'x3', 'x4', ..." in message
     write(folder / "qrels" / "train.tsv", ["q9\td1\t1"])
-    assert "query ids that are not in queries.jsonl (lines: 1, different ids: 1): 'q9'" in error_of(folder)
+    assert "these query ids are not in queries.jsonl (1 lines, 1 different ids): 'q9'" in error_of(folder)
 
 
 def test_empty_split_raises_user_error(folder):

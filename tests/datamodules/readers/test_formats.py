@@ -120,7 +120,7 @@ def test_maple_reads_definitions_and_counts_unknown_labels(tmp_path, caplog):
     assert collection.corpus["l2"] == Document("l2", "", "name and definition")
     assert collection.qrels["test"]["p2"] == {"l2": 1}
     assert collection.qrels["train"].keys() == expected.qrels["train"].keys()
-    assert "dropped 6 labels of papers that are not in it; 0 papers have no other label" in caplog.text
+    assert "dropped 6 labels of papers, because they are not in this file; 0 papers have no other label" in caplog.text
 
 
 def test_maple_raw_texts_are_preferred(tmp_path):
@@ -230,7 +230,7 @@ def test_mesh_descriptors_are_labels_with_scope_notes(tmp_path, name):
         (MESH[:300], "the XML file is damaged"),
         (MESH.replace("\u00f3", "\udcff"), "the XML file is damaged"),
         (MESH.replace("DescriptorUI>", "UI>"), "expected descriptors with DescriptorUI and DescriptorName, got none"),
-        (MESH.replace("D000002", "D000001"), "duplicate id 'D000001': an earlier line has it too"),
+        (MESH.replace("D000002", "D000001"), "duplicate id 'D000001', which an earlier line also has"),
         ("<DescriptorRecordSet></DescriptorRecordSet>", "contains no labels"),
     ],
 )
@@ -326,7 +326,7 @@ def test_beir_hub_reader_reads_tables(monkeypatch, qrels):
     assert reader.read() == Collection(documents, queries, {"test": {"1": {"4": 1}}, "dev": {"1": {"5": 0}}})
     judged["test"].append({"query-id": 2, "corpus-id": 4, "score": 1})
     name = qrels or "ours"
-    assert f"{name}/test: query ids that are not in ours/queries (lines: 1, different ids: 1): '2'" in error_of(reader)
+    assert f"{name}/test: these query ids are not in ours/queries (1 lines, 1 different ids): '2'" in error_of(reader)
     del corpus[0]["_id"]
     assert "ours/corpus/corpus, line 1, entry 1: _id or id is missing" in error_of(reader)
 
@@ -393,10 +393,12 @@ def test_scidocs_labels_without_names(tmp_path):
     collection = SciDocsReader(str(tmp_path), "mesh").read()
     assert collection.corpus == {"Heart, failing": Document("Heart, failing", "Heart, failing")}
     put(tmp_path / "mesh" / "train.csv", "pid,class_label", "a1,3")
-    assert "label '3' is a number, not a name; give a file of names" in error_of(SciDocsReader(str(tmp_path), "mesh"))
+    assert "label '3' is a number, not a name; set `labels` to a file of names" in error_of(
+        SciDocsReader(str(tmp_path), "mesh")
+    )
     assert list(SciDocsReader(str(tmp_path), "mesh", unnamed=True).read().corpus) == ["3"]
     put(tmp_path / "mesh" / "train.csv", "pid,class_label", *(f"b{i},x" for i in range(7)))
-    assert "query ids that are not in paper_metadata_mag_mesh.json (lines: 7, different ids: 7): 'b0'" in error_of(
+    assert "these query ids are not in paper_metadata_mag_mesh.json (7 lines, 7 different ids): 'b0'" in error_of(
         SciDocsReader(str(tmp_path), "mesh")
     )
 
@@ -420,9 +422,8 @@ def test_scimult_links_to_unknown_papers_are_kept_for_the_evaluation(tmp_path, c
     arguments = (str(tmp_path), "link_prediction_retrieval", "SciDocs")
     collection = SciMultReader(*arguments).read()
     assert collection.qrels["test"]["p0"] == {"p1": 1, "p99": 1}
-    assert (
-        f"{path}: 1 of 9 judgements are of documents that are not in the corpus (1 documents, the first is 'p99')"
-        in (caplog.text)
+    assert f"{path}: 1 of 9 judgements are for documents that are not in the corpus (1 documents, first 'p99')" in (
+        caplog.text
     )
 
 
@@ -513,7 +514,7 @@ def test_doris_mae_grades_depend_on_the_view(view, expected, tmp_path):
     path.write_text(path.read_text().replace('"candidate_pool": [3, 0]', '"candidate_pool": [3, 9]'))
     assert list(reader.read().qrels["test"]["test.2"]) == ["3", "9"]
     path.write_text(path.read_text().replace('"Annotation"', '"Annotations"'))
-    assert f"{path}: the object has no Annotation" in error_of(reader)
+    assert f"{path}: the JSON object lacks the key Annotation" in error_of(reader)
 
 
 @pytest.mark.parametrize(
@@ -550,4 +551,4 @@ def test_doris_mae_candidates_outside_the_corpus_are_logged(tmp_path, caplog):
     path.write_text(path.read_text(encoding="utf-8").replace('"candidate_pool": [3, 0]', '"candidate_pool": [3, 9]'))
     collection = DorisMaeReader(str(tmp_path), "sum").read()
     assert collection.qrels["test"]["test.2"] == {"3": 2, "9": 0}
-    assert f"{path}: 1 of 5 judgements are of documents that are not in the corpus" in caplog.text
+    assert f"{path}: 1 of 5 judgements are for documents that are not in the corpus" in caplog.text

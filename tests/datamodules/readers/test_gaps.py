@@ -161,9 +161,7 @@ def test_judged_document_outside_the_corpus_counts_as_relevant_and_not_found(is_
     data, benchmark = benchmark_of(reader, tmp_path, is_stored)
     assert benchmark.qrels == qrels
     assert not (tmp_path / "q").exists()
-    assert (
-        "3 of 5 judgements are of documents that are not in the corpus (3 documents, the first is 'd9')" in caplog.text
-    )
+    assert "3 of 5 judgements are for documents that are not in the corpus (3 documents, first 'd9')" in caplog.text
     result = evaluate(make_encoder(), benchmark, ["ndcg@10", "recall@100"])
     run = {
         query: {result.run.documents[i]: float(score) for i, score in zip(rows, scores, strict=True) if i >= 0}

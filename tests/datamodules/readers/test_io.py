@@ -192,8 +192,8 @@ def test_entries_equal_those_of_the_json_module(path, chunk, monkeypatch):
         ('{"a": {"c": 1, 2}, "b": []}', "entry 2 has no key"),
         ('{"b": [] "c": 1}', "expected a comma after b"),
         ('{"b": []}]', "unexpected text after the JSON object"),
-        ('{"a": [1]}', "the object has no b"),
-        ("{}", "the object has no b"),
+        ('{"a": [1]}', "the JSON object lacks the key b"),
+        ("{}", "the JSON object lacks the key b"),
         ('{"b": [],}', "expected a value for the key of member 2, got '}'"),
     ],
 )
@@ -420,7 +420,7 @@ def test_bad_lines_are_quarantined_and_counted_by_reason(tmp_path, monkeypatch, 
     ]
     assert records[3]["text"] == "x" * 2000
     assert records[4]["reason"] == "the query id 'z' is not in queries.jsonl"
-    assert "left out 6 bad lines, saved in quarantine.jsonl: 2 x duplicate id ...: an earlier line" in caplog.text
+    assert "left out 6 bad lines, saved in quarantine.jsonl: 2 x duplicate id ..., which an earlier line" in caplog.text
     assert "2 x invalid JSON" in caplog.text
     BeirReader(str(tmp_path), on_error="skip").read()
     assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 12

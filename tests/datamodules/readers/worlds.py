@@ -594,7 +594,7 @@ WORLDS = (
             INVALID_JSON,
             ('{"doc_id": "z", "title": "t"}', "labels_text is missing"),
             ('{"doc_id": "z", "title": "t", "labels_text": []}', "labels_text is empty"),
-            ('{"doc_id": "z", "title": "t", "labels_text": [3]}', "'3' is not a name; give a file of names"),
+            ('{"doc_id": "z", "title": "t", "labels_text": [3]}', "'3' is not a name; set `labels` to a file of names"),
         ),
     ),
     World(
@@ -712,7 +712,7 @@ WORLDS = (
         scimult_reranking,
         (SciMultReader, F | {"task": "link_prediction_reranking", "dataset": "Recommendation"}),
         "link_prediction_reranking/Recommendation_papers_test.json",
-        (*SCIMULT_PAPER[:2], ('{"paper": "x", "title": "t"}', "score must be an object of ids and scores")),
+        (*SCIMULT_PAPER[:2], ('{"paper": "x", "title": "t"}', "score must be an object that maps ids to scores")),
     ),
     World(
         "scimult-search",
@@ -739,7 +739,7 @@ WORLDS = (
         (
             INVALID_JSON,
             ('{"text": "x"}', "_id is missing"),
-            ('{"_id": "30", "text": "x"}', "an earlier line has it too"),
+            ('{"_id": "30", "text": "x"}', "which an earlier line also has"),
         ),
     ),
     World(
@@ -752,7 +752,7 @@ WORLDS = (
             NOT_AN_OBJECT,
             ('{"caption": "x"}', "image_filename is missing"),
             ('{"image_filename": "figure_9.png", "caption": 3}', "caption must be a string, got 3"),
-            ('{"image_filename": "figure_1.png"}', "image_filename: an earlier image is 'figure_1.png', too"),
+            ('{"image_filename": "figure_1.png"}', "image_filename: an earlier image is also called 'figure_1.png'"),
         ),
     ),
     World(
