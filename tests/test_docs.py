@@ -153,7 +153,7 @@ def test_site_has_every_page_and_name_and_loads_nothing_from_outside(site):
     for package in (datamodules, lightning_modules):
         assert {f"{package.__name__}.{name}" for name in package.__all__} <= pages[Path("api.html")].ids
     text = (site / "api.html").read_text(encoding="utf-8")
-    assert "<li><code>batch_size</code>: queries in a batch" in text  # a field made by option
+    assert "<li><code>batch_size</code>: number of queries per batch" in text  # a field made by option
     assert "<li><code>attention</code>: whether attention has experts" in text  # a parameter
     for path, page in pages.items():
         for file in page.loaded - {None}:

@@ -40,7 +40,7 @@ class AuxiliaryLoss(nn.Module, ABC):
         self.weight, self.lr = weight, lr
 
     def prepare(self, data: ContrastiveDataModule) -> None:
-        """Check the options against the data, and make tables. Each rank calls this before training. Raises UserError."""
+        """Check the options against the data, and make tables, on each rank before training. Raises UserError."""
 
     def companions(self, data: ContrastiveDataModule, task: str) -> Sequence[CompanionSource]:
         """Return the sources of the extra texts that this loss needs in each batch of a task."""

@@ -283,7 +283,7 @@ def test_a_run_without_a_new_best_stops_early_and_stays_complete(tmp_path, caplo
         return [row["step"] for row in rows(tmp_path) if "train/lr" in row]
 
     assert stopped(patience=2) == 6
-    assert "no new best mean in the last 2 evaluations (the best was at step 2)" in caplog.text
+    assert "the last 2 evaluations gave no new best mean (the best was at step 2)" in caplog.text
     assert "stopped early at step 6" in " ".join(capsys.readouterr().out.split())
     last = tmp_path / "checkpoints" / "last.ckpt"
     written = last.stat().st_mtime
@@ -683,7 +683,7 @@ def test_a_task_can_be_added_to_a_trained_encoder(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["tasks=[classification]"], "task classification: the encoder already has it"),
+        (["tasks=[classification]"], "task classification: the encoder already has this task"),
         (["init_from={model}"], "extend.model and init_from"),
         (["encoder.ffn=true"], "checkpoint has .'ffn': False., but experiment moe asks for .'ffn': True."),
         (["objective.similarity=dot"], "objective.similarity: extend.model was trained with cosine, .*; got dot"),

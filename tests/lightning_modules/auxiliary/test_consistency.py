@@ -134,7 +134,7 @@ def test_warmup_is_a_share_of_the_training(make_encoder, three_tasks):
     module.prepare_losses(three_tasks)
     assert loss.warmup_batches == round(0.4 * 12)
     three_tasks.options, three_tasks.prepared_by = three_tasks.options.override(num_batches=0), None
-    with pytest.raises(UserError, match="losses.consistency: warmup: the length of the training is not known yet"):
+    with pytest.raises(UserError, match="losses.consistency: warmup: the length of the training is unknown"):
         module.prepare_losses(three_tasks)
 
 

@@ -179,7 +179,7 @@ def test_tasks_without_labels_in_common_raise_user_error(links, task, other, wha
     qrels = {"train": {f"p{n}": {"lx": 1} for n in numbers}}
     fields = prepared(ClassificationDataModule, Collection(labels, papers(*numbers), qrels))
     loss = QuadrupletRanking({task: other}, ["links", "b"])
-    message = f"labels.{task}: {other} has no training label for any {what} of {task}; expected papers that both"
+    message = f"labels.{task}: {other} has no training label for any {what} of {task}; the two tasks must share"
     with pytest.raises(UserError, match=message):
         loss.prepare(MultiTaskDataModule([links, fields]))
 

@@ -59,7 +59,7 @@ def fitted(make_encoder, make_task, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("full_at", "best_step", "best"), [((), 1, 0.9), ((1,), 2, 0.5), ((1, 2), 3, 0.4)])
 def test_checkpoint_that_could_not_be_saved_is_not_the_best(fitted, tmp_path, full_at, best_step, best, caplog):
     callback = fitted(*full_at)
-    ending = "the best checkpoint, of step 1 (mean 0.9000), could not be written; best.ckpt is from step"
+    ending = "the best checkpoint (step 1, mean 0.9000) could not be written; best.ckpt is from step"
     assert (f"{ending} {best_step}" in caplog.text) == (best_step != 1)
     assert (callback.best_step, callback.best) == (best_step, best)
     saved = torch.load(tmp_path / "best.ckpt", weights_only=True)

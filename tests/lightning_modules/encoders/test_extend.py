@@ -79,7 +79,7 @@ def test_the_nearest_expert_has_the_lowest_loss(make_encoder, make_task):
 
 def test_changing_an_old_task_raises_user_error(make_encoder):
     encoder = make_encoder("attention")
-    with pytest.raises(UserError, match="task search: the encoder already has it"):
+    with pytest.raises(UserError, match="task search: the encoder already has this task"):
         add_tasks(encoder, {"search": "other"}, {"search": "search"})
     with pytest.raises(UserError, match="task reviews: the expert search already exists"):
         add_tasks(encoder, {"reviews": "search"}, {"reviews": "search"})

@@ -82,7 +82,7 @@ def test_flipped_bit_in_the_weights_raises_user_error(make_encoder, tmp_path, wr
     load_encoder(path.parent)
     content[-1000] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match="model.safetensors: was altered or damaged after the export"):
+    with pytest.raises(UserError, match="model.safetensors: was changed or damaged after the export"):
         load_encoder(path.parent)
     (path.parent / "checksum.json").unlink()
     load_encoder(path.parent)
