@@ -15,6 +15,7 @@ import datamodules
 import lightning_modules
 import scimult
 from experiments.__main__ import commands
+from tests.experiments.test_train import TINY
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("datamodules", "lightning_modules", "experiments")
@@ -113,7 +114,8 @@ def measure(data: scimult.MultiTaskDataModule) -> None:
 
 @pytest.mark.slow
 def test_training_in_an_empty_folder(scimult_in, tmp_path):
-    done = scimult_in(tmp_path, "train", "moe", "trainer.max_steps=2", "data.cache=null", "evaluation.baselines=false")
+    tiny = [*TINY, "trainer.max_steps=2", "evaluation.baselines=false"]
+    done = scimult_in(tmp_path, "train", "moe", *tiny, "data.cache=null")
     assert done.returncode == 0, done.stdout + done.stderr
     (run,) = (tmp_path / "runs").glob("moe-sample-*")
     assert "ndcg@10" in done.stdout
@@ -126,7 +128,7 @@ def test_training_in_an_empty_folder(scimult_in, tmp_path):
     assert re.search(r"\(1, \d+\)$", done.stdout.strip()), done.stderr
     assert str(ROOT) not in done.stdout
     (tmp_path / "sweep").mkdir()
-    done = scimult_in(tmp_path / "sweep", "sweep", "moe", "sweep=seeds", "run_cap=1", "trainer.max_steps=2")
+    done = scimult_in(tmp_path / "sweep", "sweep", "moe", "sweep=seeds", "run_cap=1", *tiny)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path.name for path in (tmp_path / "sweep").iterdir()} <= {"runs", "sweeps"}
 
