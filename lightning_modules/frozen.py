@@ -24,7 +24,7 @@ from lightning_modules.losses import comparable
 
 @dataclass(frozen=True)
 class FrozenVectors:
-    """Vectors that a frozen model gives the texts of a batch. Their dot products are its scores."""
+    """A frozen model's vectors for the texts of a batch. Their dot products are the model's scores."""
 
     queries: Tensor  # (B, G)
     documents: Tensor  # (m, G)
@@ -40,7 +40,7 @@ class FrozenEncoder:
         self.encoder, self.similarity = encoder.eval().requires_grad_(False), similarity
 
     def __deepcopy__(self, memo: dict) -> FrozenEncoder:
-        return self  # so that an average of the module's weights needs no second copy
+        return self  # so that averaging the module's weights does not copy the model
 
     @property
     def dimension(self) -> int:

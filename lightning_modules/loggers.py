@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class RunLogger(Logger):
-    """A logger of metrics that may also accept tables, pictures, histograms and models. By default they are ignored."""
+    """A logger of metrics that may also accept tables, pictures, histograms and models. By default, it ignores them."""
 
     @property
     def version(self) -> str:
@@ -39,7 +39,7 @@ class RunLogger(Logger):
     def log_model(self, files: Sequence[Path]) -> None: ...
 
     def rewind(self, step: int) -> None:
-        """Forget the rows after an optimizer step, because training resumes there and logs them again."""
+        """Forget the rows after an optimizer step, because training resumes there and will log them again."""
 
     def preempted(self) -> None:
         """Record that the run ends now and will be resumed later."""
@@ -95,7 +95,7 @@ class JsonlLogger(RunLogger):
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         row = {"step": step, "time": round(time.time(), 3), **metrics}
         if step == self._resumed_at and frozenset(row) in self._logged_there:
-            return  # measured again with the same weights
+            return  # the resumed run measured this again with the same weights
         self._unwritten.append(json.dumps(row) + "\n")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def tensorboard_logger(folder: Path, step: int) -> Logger:
 
 
 def csv_logger(folder: Path, step: int) -> Logger:
-    """Return Lightning's logger that writes folder/csv/version_N/metrics.csv, with an N for each start of the run."""
+    """Return Lightning's logger that writes folder/csv/version_N/metrics.csv, with a new N at each start of the run."""
     return CSVLogger(folder, name="csv", flush_logs_every_n_steps=1)
 
 
@@ -158,7 +158,7 @@ class LightningLogger(RunLogger):
                 self._logger = LIGHTNING_LOGGERS[self._name](folder, self._step)
             self._logger.log_metrics(numbers, step=step)
             self._logger.save()
-        except Exception as error:  # a full disk, for instance
+        except Exception as error:  # for instance, the disk is full
             self._has_failed = True
             log.warning("%s: cannot be written (%s); from now on, metrics are not logged there", self._name, error)
 

@@ -88,11 +88,11 @@ class DynamicWeights(LossRecorder):
     """Weights the loss of each task by how slowly it falls from one window of batches to the next.
 
     The paper compares mean losses of epochs. Here tasks take turns, some more often than others, and a run may be
-    shorter than an epoch, so a window ends when each task has had a number of batches. All weights are 1 in the
+    shorter than an epoch, so a window ends when each task has had `window` batches. All weights are 1 in the
     first two windows.
 
     temperature: higher values bring the weights closer together.
-    window: number of batches that each task has at least in a window.
+    window: minimum number of batches of each task in a window.
     every_n_steps: number of optimizer steps between logs of the weights.
     """
 
@@ -109,7 +109,7 @@ class DynamicWeights(LossRecorder):
         batches = trainer.max_steps * trainer.accumulate_grad_batches / len(self.tasks)
         if 0 < batches <= 2 * self.window:
             log.warning(
-                "dwa_window: weights stay 1 until each task has had two windows of %d batches, and this training has "
+                "dwa_window: weights stay 1 until each task has had two windows of %d batches, but this training has "
                 "%d batches per task; lower dwa_window",
                 self.window,
                 batches,

@@ -54,9 +54,9 @@ def info_nce(
 
         q_p = exp(s_p) / (exp(s_p) + sum_n exp(s_n))        mean_log: -mean_p log q_p        log_mean: -log mean_p q_p
 
-    With positives_in_denominator, the denominator also has the other positives. The two forms are then those of SupCon
-    (arXiv 2004.11362): mean_log is "out" (equation 2), and log_mean is "in" (equation 3). With a single positive, all
-    variants are equal.
+    With positives_in_denominator, the denominator also contains the other positives. The two forms are then the losses
+    of SupCon (arXiv 2004.11362): mean_log is "out" (equation 2), and log_mean is "in" (equation 3). With a single
+    positive, all variants are equal.
 
     scores: similarities divided by the temperature, (B, M).
     positives: columns of the positives, (B, P).
@@ -116,10 +116,10 @@ def vector_distance(vectors: Tensor, targets: Tensor, kind: str = "l2") -> Tenso
 
 
 def mean_over_texts(query_values: Tensor, document_values: Tensor, columns: Tensor) -> Tensor:
-    """Return the mean over queries of the mean value of a query and its own documents, a scalar.
+    """Average each query's value with the values of its documents, and return the mean over queries, a scalar.
 
-    So every query counts once, and a document that several queries share counts for each: on several ranks, the mean
-    is that of one process.
+    Every query counts once, and a document shared by several queries counts for each. So the mean over several ranks
+    equals the mean in one process.
 
     query_values: (B,). document_values: (M,).
     columns: the documents of each query, (B, K), padded with -1.
@@ -146,7 +146,7 @@ def membership_mask(keys: Tensor, document_keys: Tensor) -> Tensor:
     """
     ordered, num_documents = document_keys.sort().values, len(document_keys)
     position = torch.searchsorted(ordered, keys).clamp(max=num_documents - 1)  # (B, K) first of equal keys
-    position = torch.where(ordered[position] == keys, position, num_documents)  # one more column, for "no document"
+    position = torch.where(ordered[position] == keys, position, num_documents)  # an additional column for "no document"
     mask = torch.zeros(len(keys), num_documents + 1, dtype=torch.bool, device=keys.device)
     mask.scatter_(1, position, True)
     return mask.gather(1, torch.searchsorted(ordered, document_keys).expand(len(keys), -1))
@@ -161,7 +161,7 @@ def duplicate_mask(ids: Tensor) -> Tensor:
 
 
 def other_copies(ids: Tensor, offset: int) -> Tensor:
-    """Return whether a document of all ranks repeats another one, (M,) bool. If there are copies, this rank's is kept.
+    """Return whether a document of any rank repeats another one, (M,) bool. Among copies, this rank's copy is kept.
 
     ids: (M,). offset: index of this rank's first document.
     """

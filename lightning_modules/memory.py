@@ -35,7 +35,7 @@ class Memory:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
     def peak(self) -> int:
-        """Return the most memory that was in use since the last reset, or since the start."""
+        """Return the peak memory since the last reset, or since the start."""
         return torch.cuda.max_memory_allocated(self.device) if self.on_gpu else _process_memory("VmHWM")
 
 
@@ -47,6 +47,6 @@ def num_bytes(tensors: Iterable[torch.Tensor]) -> int:
 def _process_memory(key: str) -> int:
     status = Path("/proc/self/status")
     if not status.is_file():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS has only the peak, in bytes
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS only has the peak, in bytes
     lines = status.read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{key}:"))

@@ -1,6 +1,6 @@
 """Merge encoders: weighted averages of their parameters.
 
-Fine-tuning forgets. The average of a fine-tuned encoder and the model that it started from keeps what the start knew
+Fine-tuning forgets. Averaging a fine-tuned encoder with the model it started from keeps what the start knew
 (WiSE-FT, arXiv 2109.01903). The average of several encoders that were fine-tuned from one start, a soup, often beats
 the best of them (arXiv 2203.05482).
 """
@@ -26,7 +26,7 @@ from lightning_modules.parts import check_parts, parts_of, value_of
 from lightning_modules.retrieval.vector_cache import backbone_settings, tokenization
 
 Method = Literal["linear", "slerp"]
-NEARLY_PARALLEL = 1e-3  # radians; below, slerp and linear differ by less than float32 resolves
+NEARLY_PARALLEL = 1e-3  # radians; below, slerp and linear differ by less than the resolution of float32
 TRAINING_ONLY = ("current_model_state", "averaging_state")  # entries that trainer.ema adds to a checkpoint
 USE_ONLY = ("tasks", "normalize", "max_length")  # arguments of an encoder that do not affect its weights
 
@@ -56,11 +56,11 @@ def merge(members: Mapping[str, Encoder], weights: Weights, method: Method = "li
 
     members: name -> encoder; names are used in error messages. The first one determines the class, the tasks and the
         arguments of the result. A SharedEncoder, such as a pretrained model, can be merged with an encoder that has
-        experts: it is then the member for each expert.
+        experts; its weights then serve as each expert's.
     method: "linear", or "slerp" for two members: along the arc between each pair of tensors.
 
-    Averages are computed in float64, and stored in the dtype of the first member. Where only one member has a weight
-    above 0, its parameters are copied bit for bit. Raises UserError if the members differ in architecture, tokenizer or
+    Averages are computed in float64, and stored in the dtype of the first member. If only one member has a weight above
+    0, its parameters are copied bit for bit. Raises UserError if the members differ in architecture, tokenizer or
     tasks, or if the weights do not fit them.
     """
     merged = copy.deepcopy(next(iter(members.values())))
@@ -80,10 +80,10 @@ def merge(members: Mapping[str, Encoder], weights: Weights, method: Method = "li
 
 
 def merge_with_start(checkpoint: Path, start: Path, share: float, merged: Path) -> None:
-    """Write a checkpoint with the weighted average of a run's encoder and of its weights before training (WiSE-FT).
+    """Write a checkpoint with the weighted average of a run's encoder and the encoder before training (WiSE-FT).
 
     checkpoint: checkpoint of the run. start: checkpoint of the encoder before training, whose weight is `share`.
-    merged: file to write. It has no states of optimizers, so training cannot resume from it.
+    merged: file to write. It has no optimizer states, so training cannot resume from it.
     """
     content = read_checkpoint(checkpoint)
     state = dict(content["state_dict"])
@@ -101,7 +101,7 @@ def _linear(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
 def _slerp(tensors: Sequence[Tensor], shares: Sequence[float]) -> Tensor:
     """Interpolate two tensors along the arc between them (Shoemake 1985, section 3.3).
 
-    Tensors of zeros have no direction, and nearly parallel ones no unique arc, so they are interpolated linearly.
+    Zero tensors have no direction, and nearly parallel tensors have no unique arc, so both are interpolated linearly.
     """
     a, b = (tensor.double() for tensor in tensors)
     cosine = (a * b).sum() / (a.norm() * b.norm())  # nan for zeros
@@ -122,7 +122,7 @@ def check_members(members: Mapping[str, Encoder]) -> None:
 
 
 def _difference(first: Encoder, other: Encoder) -> str:
-    """Return a difference that makes two encoders impossible to merge, or "" if there is none."""
+    """Return a difference that prevents merging two encoders, or "" if there is none."""
     kind, first_kind = type(other).__name__, type(first).__name__
     if type(first) is not type(other) and not isinstance(other, SharedEncoder):
         advice = f"; name the {kind} first, because it has experts" if isinstance(first, SharedEncoder) else ""
@@ -133,7 +133,7 @@ def _difference(first: Encoder, other: Encoder) -> str:
 
 
 def _different_settings(first: Encoder, other: Encoder) -> str:
-    # The experts of a SharedEncoder are names only.
+    # A SharedEncoder's experts are only names.
     with_experts = type(first) is type(other) and not isinstance(first, SharedEncoder)
     tasks = [sorted(encoder.tasks.items() if with_experts else encoder.tasks) for encoder in (first, other)]
     differing = {"tasks": tasks} if tasks[0] != tasks[1] else {}
@@ -171,8 +171,8 @@ def _check_weights(weights: Weights, num_members: int, method: str, encoder: Enc
 def greedy_soup(num_members: int, score: Callable[[Weights], float]) -> Weights:
     """Return the weights of a greedy soup (arXiv 2203.05482, recipe 1).
 
-    Start with the best member. Add the others in the order of their own scores, each with the same weight as those
-    before it, and keep each one unless the score falls.
+    Start with the best member. Add the others in order of their own scores, with equal weights, and keep each one
+    unless the score falls.
     """
 
     def soup(members: Sequence[int]) -> Weights:
@@ -188,10 +188,11 @@ def greedy_soup(num_members: int, score: Callable[[Weights], float]) -> Weights:
 
 
 def sweep(values: Sequence[float], score: Callable[[Weights], float], parts: Sequence[str] = ()) -> Weights:
-    """Return the best weights of two members. The first gets each of `values`, and the second the remainder to 1.
+    """Return the best weights of two members. The first member tries all `values`, and the second gets the rest up to
+    1.
 
-    parts: parts whose weights are then chosen one by one, with the best weights so far for all other parts. A part
-        keeps its weights unless different ones score higher.
+    parts: parts whose weights are then chosen one by one, while all other parts have their best weights so far. A part
+        keeps its weights unless others score higher.
     """
     pairs = [(value, 1 - value) for value in values]
     best = max((Weights(pair) for pair in pairs), key=score)

@@ -52,7 +52,7 @@ Mask = Callable[[slice], Tensor]
 
 
 class Supervision(NamedTuple):
-    """The vectors that frozen models give a batch's texts; None for a model that the batch does not need."""
+    """The frozen models' vectors for a batch's texts, or None for a model that the batch does not need."""
 
     guide: FrozenVectors | None
     teacher: FrozenVectors | None
@@ -146,7 +146,7 @@ class Objective(nn.Module):
         return Supervision(guide, teacher, stored)
 
     def _vector_distance(self, vectors: Tensor, targets: FrozenVectors, batch: ContrastiveBatch) -> Tensor:
-        """Return the mean distance of queries and their documents, or of queries alone, from the teacher's vectors.
+        """Return the mean distance from the teacher's vectors, of queries and their documents or of queries alone.
 
         vectors: (U, D).
         """
@@ -237,7 +237,7 @@ def document_to_query(
 ) -> Direction:
     """Return the direction from each positive among this rank's documents (m, D) to the queries of all ranks.
 
-    A query that has the document among its known positives is not a negative.
+    A query is not a negative if the document is one of its known positives.
     """
     query, document = batch.pairs.unbind(1)  # (R,)
     queries, _, offset = gather_documents(queries, batch.queries)
@@ -286,7 +286,7 @@ def direction_loss(
     """Return the mean loss over the queries of a direction.
 
     prefix: number of leading dimensions to compare; None for all.
-    weight: weight of InfoNCE; distillation has its own, in the options.
+    weight: weight of InfoNCE; the weight of distillation is in the options.
     """
     queries = comparable(direction.queries[:, :prefix], options.similarity)
     candidates = comparable(direction.candidates[:, :prefix], options.similarity)

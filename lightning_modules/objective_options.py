@@ -22,7 +22,7 @@ class GuideOptions:
         minimum=0,
     )
     kind: Literal["absolute", "relative"] = option(
-        "absolute", "whether the margin is a difference of scores or a share of the positive's score"
+        "absolute", "whether the margin is a difference of scores, or a share of the positive's score"
     )
     similarity: Literal["cosine", "dot"] = option("cosine", "similarity of the guide's vectors")
 
@@ -91,7 +91,7 @@ class ObjectiveOptions:
         [0.01, 100.0], "lowest and highest value of a learned temperature", minimum=1e-6, maximum=1e6
     )
     temperature_lr: float | None = option(
-        None, "peak learning rate of the temperature; by default optim.lr", above=0, maximum=10
+        None, "peak learning rate of the temperature, by default optim.lr", above=0, maximum=10
     )
     mask_known_positives: bool = option(True, "never use a known positive of a query as its negative")
     mask_same_text: bool = option(True, "mask negatives whose text equals the query or one of its positives")
@@ -102,19 +102,19 @@ class ObjectiveOptions:
     symmetric: bool = option(False, "also train from documents to queries; each direction has half the weight")
     matryoshka: list[int] = option(
         [],
-        "sizes of shorter vectors (the first dimensions) to train along with the full ones, such as [64, 128]",
+        "sizes of shorter vectors (the first dimensions) to train together with the full vectors, such as [64, 128]",
         above=0,
     )
     matryoshka_weights: list[float] = option(
-        [], "weight of the loss of each shorter size; by default 1", above=0, maximum=1e6
+        [], "weight of the loss for each shorter size, by default 1", above=0, maximum=1e6
     )
     guide: GuideOptions = field(default_factory=GuideOptions)
     teacher: TeacherOptions = field(default_factory=TeacherOptions)
     vector_teacher: VectorTeacherOptions = field(default_factory=VectorTeacherOptions)
     balance: Literal["none", "uncertainty", "dwa", "gradnorm", "pcgrad", "mgda", "upgrad"] = option(
         "none",
-        "balance tasks by weights of their losses (uncertainty: learned; dwa: from how fast they fall), or by how "
-        "their gradients are combined",
+        "balance tasks by weighting their losses (uncertainty: learned weights; dwa: weights from how fast losses "
+        "fall), or by combining their gradients",
     )
     uncertainty_lr: float = option(
         0.01, "peak learning rate of the weights that balance=uncertainty learns", above=0, maximum=10
@@ -130,8 +130,10 @@ class ObjectiveOptions:
     )
     gradnorm_alpha: float = option(1.5, "how strongly GradNorm favours tasks that learn slowly", minimum=0, maximum=100)
     gradnorm_lr: float = option(0.025, "step size of GradNorm's weights", above=0, maximum=10)
-    task_weights: dict[str, float] = option({}, "factor of a task's loss; by default 1", above=0, maximum=1e6)
-    score_memory: int = option(512, "MiB for the scores of a batch; larger matrices are computed in blocks", above=0)
+    task_weights: dict[str, float] = option({}, "factor of a task's loss, by default 1", above=0, maximum=1e6)
+    score_memory: int = option(
+        512, "memory for the scores of a batch, in MiB; larger matrices are computed in blocks", above=0
+    )
 
     def temperature_of(self, task: str) -> float:
         """Return the temperature of a task, or its initial value."""

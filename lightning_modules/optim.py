@@ -19,12 +19,12 @@ from lightning_modules.parts import check_parts, expert_in, value_of, without_ex
 
 
 def freeze(model: nn.Module, lr_scale: Mapping[str, float]) -> None:
-    """Freeze the parts whose learning rate is 0, so that they get no gradients. Raises UserError if that is all."""
+    """Freeze the parts whose learning rate is 0, so that they get no gradients. Raises UserError if no part is left."""
     for name, parameter in model.named_parameters():
         if not value_of(name, lr_scale, 1.0):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("lr_scale: it freezes all trained parts of the encoder; set one of them above 0")
+        raise UserError("lr_scale: freezes all trained parts of the encoder; set one of them above 0")
 
 
 def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -> list[dict]:
@@ -52,7 +52,7 @@ def parameter_groups(model: nn.Module, options: OptimOptions, num_layers: int) -
 class ExpertDecay:
     """Pull experts towards their mean after each step of an optimizer, by the share lr * strength of their distance.
 
-    It is decoupled from the gradient, as AdamW's weight decay is (arXiv 1711.05101), which pulls towards 0. Raises
+    Like AdamW's weight decay (arXiv 1711.05101), which pulls towards 0, it is decoupled from the gradient. Raises
     UserError if the encoder has no experts.
     """
 
@@ -72,7 +72,7 @@ class ExpertDecay:
         for experts in self.counterparts:
             mean = torch.stack(list[Tensor](experts)).mean(0)
             for expert in experts:
-                if lr := rates.get(expert):  # frozen ones have none
+                if lr := rates.get(expert):  # frozen parameters have no rate
                     expert.lerp_(mean, min(1.0, lr * self.strength))
 
 

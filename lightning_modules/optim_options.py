@@ -10,7 +10,7 @@ from datamodules.options import option
 
 @dataclass
 class OptimOptions:
-    """AdamW and its learning rate: a linear warm-up, and then a schedule."""
+    """AdamW and its learning rate: a linear warm-up, then a schedule."""
 
     lr: float = option(3e-4, "peak learning rate", above=0, maximum=10)
     weight_decay: float = option(0.01, "weight decay, except on biases and LayerNorms", minimum=0, maximum=1000)
@@ -20,7 +20,7 @@ class OptimOptions:
     schedule: Literal["linear", "cosine", "constant"] = option(
         "linear", "learning rate after the warm-up: a linear or cosine decay to 0, or constant"
     )
-    warmup: float = option(0.05, "share of all steps in which the learning rate rises", minimum=0, below=1)
+    warmup: float = option(0.05, "share of all steps during which the learning rate rises", minimum=0, below=1)
     lr_scale: dict[str, float] = option(
         {},
         "factor of the learning rate of a part: embeddings, shared, experts, stitches, features, or one expert; "
@@ -30,13 +30,14 @@ class OptimOptions:
     )
     expert_decay: float = option(
         0.0,
-        "pull of the experts towards their mean: each step removes the share lr * expert_decay of their distance to it",
+        "pull of the experts towards their mean: each step removes the share lr * expert_decay of their distance from "
+        "it",
         minimum=0,
         maximum=1e6,
     )
     layer_decay: float = option(
         1.0,
-        "learning rate of a layer, as a share of that of the layer above, such as 0.9; 1: the same for all",
+        "learning rate of a layer, relative to the layer above, such as 0.9; 1: the same for all layers",
         above=0,
         maximum=10,
     )

@@ -1,8 +1,8 @@
-"""Names of parameters: the parts of an encoder, by which learning rates and the weights of a merge are set.
+"""Parts of an encoder, by names of parameters. Learning rates and merge weights can be set per part.
 
 embeddings   the embeddings of the backbone
 shared       all other parameters that serve every task
-experts      the experts and adapters of all tasks; an expert's name means that expert alone
+experts      the experts and adapters of all tasks; an expert's name selects only that expert
 stitches     the weights with which a CrossStitchEncoder mixes its experts
 features     the layers that read features of texts: positions in the citation graph, vectors of images
 """
@@ -29,7 +29,7 @@ def expert_in(name: str) -> str | None:
 
 
 def without_expert(name: str) -> str:
-    """Return a parameter's name without its expert: the copies of all experts share it."""
+    """Return a parameter's name without its expert, which the copies in all experts share."""
     return EXPERT.sub("", name)
 
 
@@ -65,7 +65,7 @@ def value_of(name: str, values: Mapping[str, T], default: T) -> T:
 def check_parts(key: str, parts: Iterable[str], names: Iterable[str]) -> None:
     """Raise UserError for a part that none of an encoder's parameters belongs to.
 
-    key: argument that the parts come from, for the message. names: names of the parameters.
+    key: argument with the parts, for the message. names: names of the parameters.
     """
     existing = sorted({part for name in names for part in parts_of(name)})
     if unknown := [part for part in parts if part not in existing]:

@@ -39,7 +39,7 @@ def box(x: float, y: float, width: float, height: float, fill: str, attributes: 
 class Matrix:
     """A matrix of numbers in coloured cells.
 
-    names: names of the rows, which are also those of the columns.
+    names: names of the rows and of the columns.
     values: (row, column) -> number; other cells are empty.
     shades: (row, column) -> shade from -1 (red) to 1 (blue); grey if not finite.
     """
@@ -94,7 +94,7 @@ def distances(values: Mapping[str, float], experts: Sequence[str]) -> Matrix:
 
 
 def _symmetric(values: Mapping[str, float], names: Sequence[str], key: str) -> dict[tuple[str, str], float]:
-    """Return the values of all pairs in both orders. They are logged in only one."""
+    """Return the values of all pairs in both orders, because they are only logged in one."""
     pairs = {(a, b): values[key.format(a, b)] for a in names for b in names if key.format(a, b) in values}
     return pairs | {(b, a): value for (a, b), value in pairs.items()}
 

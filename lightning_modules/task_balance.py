@@ -6,8 +6,8 @@
     mgda       the shortest convex combination of the gradients (Sener and Koltun, arXiv 1810.04650, algorithm 2)
     upgrad     each gradient is projected onto the directions that no task opposes (Quinton and Rey, arXiv 2406.16232)
 
-Each uses a linear combination of all tasks' gradients at each optimizer step. Its coefficients depend only on the dot
-products of the gradients. The last two come from the package torchjd.
+Each method combines all tasks' gradients linearly at each optimizer step. The coefficients only depend on the dot
+products of the gradients. The last two methods come from the package torchjd.
 
 Shapes: T tasks, P trained parameters (scalars).
 """
@@ -37,7 +37,7 @@ def pcgrad_coefficients(products: Tensor, seed: int) -> Tensor:
     """Return the coefficients of the tasks' gradients in the sum of the projected gradients, (T,).
 
     products: dot products of the gradients, (T, T).
-    seed: seed of the order in which each gradient is projected.
+    seed: seed for the order of the projections.
     """
     products, num_tasks = products.double(), len(products)
     generator = torch.Generator().manual_seed(seed)
@@ -72,7 +72,7 @@ def gradnorm_weights(
 
 
 Weighting = Callable[[Tensor], Tensor]  # from dot products of gradients (T, T) to coefficients (T,)
-RIDGE = 1e-8  # smallest eigenvalue of the dot products that the solvers receive, relative to their trace
+RIDGE = 1e-8  # lower bound for the eigenvalues of the solvers' input, relative to its trace
 
 
 def torchjd_weighting(method: str) -> Weighting:
@@ -97,13 +97,13 @@ def balanced_coefficients(products: Tensor, weighting: Weighting) -> Tensor:
     size = products.diagonal().sum()
     if not 0 < float(size) < float("inf"):
         return torch.ones_like(products[0])
-    values, vectors = torch.linalg.eigh(products / size)  # rounding may have made the lowest negative
+    values, vectors = torch.linalg.eigh(products / size)  # rounding may make the lowest eigenvalue negative
     return len(products) * weighting(vectors * values.clamp(min=RIDGE) @ vectors.T)
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """Coefficients of the tasks' gradients, (T,), for parameters that all tasks share and for the others."""
+    """Coefficients of the tasks' gradients, (T,), for parameters that all tasks share and for all others."""
 
     shared: Tensor
     other: Tensor
@@ -123,7 +123,7 @@ class TaskGradients:
         self.used[:] = False
 
     def add(self, task: str, gradients: Sequence[Tensor | None]) -> None:
-        """Add the gradients of a task's loss, which are None for parameters that it does not depend on."""
+        """Add the gradients of a task's loss. They are None for parameters on which the loss does not depend."""
         row = self.tasks.index(task)
         for i, (total, gradient) in enumerate(zip(self.values[row].split(self.sizes), gradients, strict=True)):
             if gradient is not None:
@@ -164,10 +164,10 @@ class TaskGradients:
 
 
 class GradientBalance(LossRecorder, ABC):
-    """Combines the gradients of the tasks in an optimizer step with coefficients.
+    """Combines the tasks' gradients in an optimizer step, weighted by coefficients.
 
     Every optimizer step needs a batch of every task. The callback stores one gradient per task. On several ranks, it
-    averages them in place of DDP. The combined gradient is then clipped and applied as usual. Subclasses implement
+    averages them instead of DDP. The combined gradient is then clipped and applied as usual. Subclasses implement
     `coefficients`.
     """
 

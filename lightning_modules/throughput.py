@@ -1,13 +1,13 @@
-"""Model FLOPs utilisation (MFU): useful floating-point operations per second, as a share of what the device can do.
+"""Model FLOPs utilisation (MFU): useful floating-point operations per second, relative to the device's speed.
 
-Useful operations are those that the vectors of real tokens need, however they are computed:
+Useful operations are those that the vectors of real tokens need, no matter how they are computed:
 
     products    2 per weight and token of each linear layer. With pooling "cls", the last layer needs queries, outputs
                 and the feed-forward sub-layer of one token per text.
     attention   4 D per query and key: the scores, and the weighted sum of the values. A sliding window limits the keys,
                 and the prefix of an instruction adds some.
-    backward    once for the gradients of the weights that are trained, once for those of the inputs. So a training
-                step that trains everything has 3 times the operations of a forward pass.
+    backward    once for the gradients of trained weights, once for the gradients of inputs. So a training step that
+                trains everything has 3 times the operations of a forward pass.
 
 Padding, the second forward pass of GradCache or of gradient checkpointing, further experts that routing tries in
 training, embeddings, LayerNorm, activations, the encoding of an instruction and the loss do not count.
@@ -56,8 +56,8 @@ def forward_flops(encoder: Encoder, lengths: Sequence[int] | np.ndarray, *tasks:
     """Return the useful operations of a forward pass.
 
     lengths: number of tokens of each text, with special tokens and prompt, (n,).
-    tasks: tasks for which each text is encoded, by default any one. Those with equal vectors count once, and so do
-        layers that the tasks share.
+    tasks: tasks to encode each text for, by default any single task. Tasks with the same vectors count once, and so do
+        layers that tasks share.
     """
     distinct = list({encoder.served_by(task): task for task in tasks}.values()) or [next(iter(encoder.tasks))]
     num_shared = encoder.num_shared_layers if len(distinct) > 1 else 0
@@ -115,7 +115,7 @@ def _keys_of_first(lengths: np.ndarray, window: int | None) -> np.ndarray:
 
 
 def _prefix_length(encoder: Encoder, task: str) -> int:
-    """Return the number of tokens of an instruction that texts attend to."""
+    """Return the number of instruction tokens that texts attend to."""
     if getattr(encoder, "instruction_family", None) is None:
         return 0
     instructions: Any = encoder.instructions
@@ -123,7 +123,7 @@ def _prefix_length(encoder: Encoder, task: str) -> int:
 
 
 def _copies(encoder: Encoder, index: int) -> tuple[int, int]:
-    """Return how many experts compute a token in attention, and in the feed-forward sub-layer, of a layer."""
+    """Return how many experts of a layer compute each token: in attention, and in the feed-forward sub-layer."""
     if str(index) not in getattr(encoder, "stitches", ()):
         return 1, 1
     moe: Any = encoder
@@ -131,16 +131,16 @@ def _copies(encoder: Encoder, index: int) -> tuple[int, int]:
 
 
 def _adapters(encoder: Encoder, index: int, task: str) -> list[torch.nn.Module]:
-    """Return the adapter of a task in a layer, as a list that is empty if the encoder has none."""
+    """Return a list with the task's adapter in a layer, or [] if the encoder has no adapters."""
     adapters = getattr(encoder, "adapters", None)
     return [] if adapters is None else [adapters[encoder.tasks[task]][index]]
 
 
 def _serving(encoder: Encoder, index: int, task: str, *modules: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Return the parameters of modules of a layer, and of its adapter, that serve a task."""
+    """Return the parameters of a layer (and its adapter) that serve a task."""
     named = [(expert_in(name), p) for module in modules for name, p in module.named_parameters()]
     expert = encoder.tasks[task]
-    # Stitches and gates choose among all experts.
+    # With stitches or gates, a text may use all experts.
     reads_all = max(_copies(encoder, index)) > 1 or expert not in {name for name, _ in named}
     parameters = [p for name, p in named if reads_all or name in (None, expert)]
     return parameters + [p for adapter in _adapters(encoder, index, task) for p in adapter.parameters()]
@@ -189,7 +189,7 @@ def gemm_ceiling(device: torch.device, dtype: torch.dtype, shape: tuple[int, int
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for everything that a device was asked to compute. A CPU computes at once."""
+    """Wait until a device has finished all its work. A CPU always has."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
 
@@ -206,7 +206,7 @@ class Group(NamedTuple):
 
 
 def text_lengths(batch: ContrastiveBatch) -> list[tuple[Group, np.ndarray]]:
-    """Return (group, token counts of its texts) for a batch, (U,), and for each of its companions, (n,)."""
+    """Return (group, number of tokens of each text) for a batch, (U,), and for each of its companions, (n,)."""
     return [
         (Group(texts.task, not getattr(texts, "detached", False)), np.concatenate([c.lengths for c in texts.chunks]))
         for texts in _all_texts(batch)
@@ -228,13 +228,13 @@ def pads_attention(encoder: Encoder, dtype: torch.dtype) -> bool:
     config, token = encoder.backbone.config, Tokens.pack([[0]])
     dropout = getattr(config, "attention_probs_dropout_prob", getattr(config, "attention_dropout", 0.0))
     query = torch.empty(1, dtype=dtype, device=encoder.device)
-    bias = query if encoder.family.distance_bias else None  # only whether there is one matters here
+    bias = query if encoder.family.distance_bias else None  # it only matters whether a bias exists
     context = AttentionContext(token, token.input_ids, {}, bias)
     return choose_kernel(query, context, Settings(dropout=dropout)) is attend_padded
 
 
 def computing_dtype(precision: str) -> torch.dtype:
-    """Return the type in which matrix products are computed. precision: a name such as "bf16-mixed" or "bf16"."""
+    """Return the dtype in which matrix products are computed. precision: a name such as "bf16-mixed" or "bf16"."""
     return next((dtype for name, dtype in DTYPES.items() if precision.startswith(name)), torch.float32)
 
 
@@ -245,7 +245,7 @@ class Speed:
     tokens_per_second: distinct texts count once, and padding does not count.
     pairs_per_second: a pair is a query with one of its positives.
     mfu: useful operations per second, as a share of the ceilings of all devices.
-    padding_share: share of padding in the positions for which attention is computed; 0 where nothing is padded.
+    padding_share: share of padding among the positions for which attention is computed; 0 without padding.
     data_seconds, data_share: time spent waiting for data, and its share, on the rank that waited longest.
     memory_mb: peak memory of the GPU or the process since training started, on the rank with the most.
     """
@@ -267,7 +267,7 @@ class Speed:
 
 
 class ThroughputMeter:
-    """Measures training steps: from asking for a batch to the end of its step, summed up until the next reading.
+    """Measures training steps, from the request for a batch to the end of its step, summed until the next reading.
 
     Evaluation, checkpoints and mining between two steps do not count. Nothing in a step waits for a GPU, so read only
     after everything is computed.
@@ -279,7 +279,7 @@ class ThroughputMeter:
 
     def __init__(self, encoder: Encoder, ceiling: float, padded: bool = False):
         self.encoder, self.ceiling, self.padded, self.memory = encoder, ceiling, padded, Memory(encoder.device)
-        self.memory.reset_peak()  # measuring the ceiling may have taken more than a step does
+        self.memory.reset_peak()  # measuring the ceiling may have used more memory than a step
         self._clear()
 
     def _clear(self) -> None:
@@ -288,7 +288,7 @@ class ThroughputMeter:
         self.lengths: dict[Group, list[np.ndarray]] = defaultdict(list)  # lengths of the texts of each batch
 
     def add(self, batch: ContrastiveBatch, seconds: float, waited: float) -> None:
-        """Add a training step. seconds: time of the step, with the time `waited` for the batch."""
+        """Add a training step. seconds: time of the step, including the time `waited` for the batch."""
         self.seconds, self.waited = self.seconds + seconds, self.waited + waited
         self.tokens += batch.num_tokens
         self.positions += num_positions(batch, self.padded)

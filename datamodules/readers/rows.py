@@ -41,7 +41,7 @@ class Row:
 
     @property
     def ordinal(self) -> int:
-        """Number of the line or entry in its file, counting bad ones. It names records without an id."""
+        """Number of the line or entry in its file, counting bad ones. Records without an id are named after it."""
         return self.number if self.entry is None else self.entry
 
     def __str__(self) -> str:

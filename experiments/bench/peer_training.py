@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def pairs_of(config: Config, data: MultiTaskDataModule) -> dict[str, dict[str, list[str]]]:
-    """Return task -> columns anchor, positive and, if every query has one, negative, in the order of the batches."""
+    """Return task -> columns in batch order: anchor, positive, and negative if every query has one."""
     separator = data.tokenizer.sep_token
     pairs: dict[str, dict[str, list[str]]] = {}
     steps = config.trainer.max_steps * config.trainer.accumulate_grad_batches

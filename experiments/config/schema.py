@@ -456,7 +456,7 @@ def _check_mined_negatives_are_used(config: Config) -> None:
     if not (mining.every_n_steps or mining.every_n_epochs or mining.store):
         return
     if mining.use == "data":
-        raise UserError("mining.use: data never uses the mined hard negatives; set mined or both")
+        raise UserError("mining.use: with data, mined hard negatives are never used; set mined or both")
     default = config.data.num_hard_negatives
     counts = [default if task.num_hard_negatives is None else task.num_hard_negatives for task in config.task.values()]
     if not any(counts):

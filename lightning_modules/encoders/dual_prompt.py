@@ -30,7 +30,7 @@ class DualPromptEncoder(InstructEncoder):
 
     instructions, separate: as in InstructEncoder.
     prompt: whether texts attend to the instruction. If not, and without anchors, this is a SharedEncoder.
-    num_anchors: number of anchors; with 0, there are no positions, and the encoder is an InstructEncoder.
+    num_anchors: number of anchors; 0: no positions, as in an InstructEncoder.
     steps: maximum number of steps of a walk.
     graph: file with pairs of paper ids, one pair per line, whose links replace the training links.
     link_task: task whose papers are in the graph; by default, the only task of kind link_prediction.

@@ -186,7 +186,7 @@ def _bert_feed_forward(intermediate: Any, output: Any, hidden: Tensor) -> Tensor
 
 
 def _add_and_normalize(norm: nn.LayerNorm, x: Tensor, residual: Tensor) -> Tensor:
-    """Return LayerNorm(x + residual) in the type of x, computed in the norm's type (float32 under autocast)."""
+    """Return LayerNorm(x + residual) in x's dtype, computed in the norm's dtype (float32 under autocast)."""
     return norm(x.to(norm.weight.dtype) + residual).to(x.dtype)
 
 
@@ -224,7 +224,7 @@ class Bert(Family):
         return (total[1:] - tokens.spread(before)) * counted + self.padding_id
 
     def attention_parts(self, layer: Any) -> tuple[Any, Any, Any]:
-        """Return three modules: with the projections, with the output projection, and with dropout and LayerNorm."""
+        """Return three modules, which have the projections, the output projection, and dropout with LayerNorm."""
         attention = layer.attention
         return attention.self, attention.output.dense, attention.output
 

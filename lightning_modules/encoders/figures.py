@@ -1,4 +1,4 @@
-"""Figures with image vectors: a text encoder that also reads a vector of each figure, precomputed by any model.
+"""Figures with image vectors: a text encoder that also reads a vector for each figure, precomputed by any model.
 
 A linear layer maps the vector of an image, such as CLIP's, to the hidden size. The result is added to the embedding of
 the first token of the figure's text (text_features.py). No image is decoded here.
@@ -31,9 +31,9 @@ class FigureEncoder(MoEEncoder):
     The vectors are read once, before training, and saved with the encoder.
 
     attention, ffn, layers: as in MoEEncoder.
-    image_size: size of the image vectors; with 0, there are none, and the encoder is an MoEEncoder.
+    image_size: size of the image vectors; 0: no image vectors, as in an MoEEncoder.
     vectors: .npz file with the arrays `ids`, names of figures (n,), and `vectors`, (n, image_size).
-    figure_task: task whose corpus has the figures. Each figure needs a vector.
+    figure_task: task whose corpus contains the figures. Each figure needs a vector.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ def read_image_vectors(path: Path, size: int) -> tuple[dict[str, int], np.ndarra
         ids, vectors = file["ids"], file["vectors"]
     if ids.ndim != 1 or ids.dtype.kind != "U" or vectors.dtype.kind != "f" or vectors.shape != (len(ids), size):
         raise UserError(
-            f"{path}: expected ids of shape (n,) and vectors of shape (n, {size}), as image_size says; got ids "
+            f"{path}: expected ids of shape (n,) and vectors of shape (n, {size}), according to image_size; got ids "
             f"{ids.shape} of {ids.dtype} and vectors {vectors.shape} of {vectors.dtype}"
         )
     rows = {id: row for row, id in enumerate(ids.tolist())}
     if len(rows) < len(ids):
-        raise UserError(f"{path}: expected a vector per figure, got {len(ids)} vectors of {len(rows)} figures")
+        raise UserError(f"{path}: expected one vector per figure, got {len(ids)} vectors for {len(rows)} figures")
     if not np.isfinite(vectors).all():
         row = int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
         raise UserError(f"{path}: the vector of {str(ids[row])!r} contains a non-finite number")

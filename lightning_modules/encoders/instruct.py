@@ -2,7 +2,7 @@
 
     Instruction   The instruction is encoded separately, by the same parameters. In each layer, the text attends to
                   itself and to the states of the instruction before that layer.
-    Prefix        The same, with a separate instruction encoder, which is trained. The text encoder is frozen.
+    Prefix        The same, but with a separate instruction encoder, which is trained, and a frozen text encoder.
     Prompt        The text starts with the instruction.
 
 The paper does not define where positions start. As in the authors' later code, a text's positions start at 0, and the
@@ -86,7 +86,7 @@ class InstructEncoder(Encoder):
         return self.tokenizer(instruction)["input_ids"]
 
     def _tokens(self, instruction: str) -> Tokens:
-        """Return the token ids of an instruction. They are kept on the device, so that no step waits for a copy."""
+        """Return the token ids of an instruction. They stay on the device, so that no step waits for a copy."""
         key = instruction, self.device
         if key not in self._instruction_tokens:
             with torch.inference_mode(False):  # outside of inference mode, because training may use them, too

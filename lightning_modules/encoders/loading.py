@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 DEFAULT_LENGTH = 512  # maximum number of tokens, for plain models without this setting
 RUN_CHECKPOINTS = {  # in the order in which checkpoint_of looks for them
-    "merged.ckpt": "average of the trained weights and those before training",
+    "merged.ckpt": "average of the trained weights and the weights before training",
     "best.ckpt": "best on the dev data",
     "last.ckpt": "end of the training",
 }
@@ -144,7 +144,7 @@ def load_encoder(
         other model, a pooling that differs from the model's own raises UserError.
     tower: "query" or "document", for a DPR checkpoint.
     adapters: task -> folder or hub name of an adapter in SPECTER2's form, for a plain model.
-    key: argument that the model comes from, for error messages.
+    key: argument that names the model, for error messages.
     packages: additional packages or modules whose encoders may be loaded. Importing them runs their code, so name only
         packages that you trust.
     """
@@ -174,7 +174,7 @@ def load_encoder(
 
 
 def check_serves(encoder: Encoder, tasks: Iterable[str], key: str) -> None:
-    """Raise UserError unless an encoder serves all tasks. key: argument that the encoder comes from, for errors."""
+    """Raise UserError unless an encoder serves all tasks. key: argument that names the encoder, for errors."""
     if missing := [task for task in tasks if task not in encoder.tasks]:
         raise UserError(f"{key}: has no task {', '.join(missing)} (its tasks are {', '.join(encoder.tasks)})")
 
@@ -182,7 +182,7 @@ def check_serves(encoder: Encoder, tasks: Iterable[str], key: str) -> None:
 def is_plain(model: str | Path, key: str = "model") -> bool:
     """Return whether a model is plain: neither an encoder of this project nor a checkpoint.
 
-    Raises UserError if the model does not exist. key: argument that the model comes from, for error messages.
+    Raises UserError if the model does not exist. key: argument that names the model, for error messages.
     """
     from lightning_modules.encoders.pretrained import is_pretrained
 
@@ -203,12 +203,12 @@ def _other_checkpoints(path: Path) -> str:
     others = [str(other) for name in RUN_CHECKPOINTS if (other := path.with_name(name)) != path and other.is_file()]
     advice = f". Instead of the run, you can name {' or '.join(others)}" if others else ""
     if path.name == "merged.ckpt":
-        advice += ". To make merged.ckpt again, repeat the command that trained the run"
+        advice += ". To recreate merged.ckpt, repeat the command that trained the run"
     return advice
 
 
 def _origin(path: Path, step: object) -> str:
-    """Describe a checkpoint in words, without the folder of its run. step: optimizer step, if known."""
+    """Describe a checkpoint in words, without its run's folder. step: optimizer step, if known."""
     in_run = path.parent.name == "checkpoints"
     name = f"checkpoints/{path.name}" if in_run else path.name
     kind = f" ({RUN_CHECKPOINTS[path.name]})" if in_run and path.name in RUN_CHECKPOINTS else ""
@@ -248,7 +248,7 @@ def _load_checkpoint(
         if backbone is None:
             raise UserError(
                 f"backbone: required, because {path} has no configuration and tokenizer; set it to the folder or hub "
-                "name of a model that has them"
+                f"name of a model with both"
             )
         empty, tokenizer = load_backbone(str(backbone), "backbone", with_weights=False)
         encoder, weights = from_reference(checkpoint, empty, tokenizer, str(path), tower)

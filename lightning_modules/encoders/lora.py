@@ -23,7 +23,7 @@ from lightning_modules.parts import without_expert
 
 
 def add_lora(encoder: Encoder, options: LoraOptions) -> None:
-    """Freeze the backbone, and add matrices to its linear layers that were trainable.
+    """Freeze the backbone, and add matrices to all linear layers that were trainable.
 
     Parameters outside the backbone, such as gates, are trained as before. Raises UserError for invalid targets.
     """
@@ -59,7 +59,7 @@ def _start_experts_equal(layer: nn.Module) -> None:
 
 
 def _trained_linear(layer: nn.Module) -> dict[str, str]:
-    """Return the trained linear modules of a layer: name -> name without the expert's."""
+    """Return the trained linear modules of a layer: name -> name without the expert."""
     return {
         name: without_expert(name)
         for name, module in layer.named_modules()

@@ -1,7 +1,8 @@
-"""From texts to vectors: tokenising, copying and computing at the same time.
+"""Turn texts into vectors: tokenise, copy and compute at the same time.
 
-Threads tokenise ahead (datamodules/tokens.py). The ids of a block are copied to the device at once, and its vectors
-back at once, while the device computes the next block. The host waits for a block only when its vectors are needed.
+Threads tokenise ahead (datamodules/tokens.py). The ids of a block are copied to the device in one piece, and its
+vectors are copied back in one piece, while the device computes the next block. The host waits for a block only when its
+vectors are needed.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class PassShape:
 
     @classmethod
     def invariant(cls, token_budget: int, max_length: int, device: torch.device) -> PassShape:
-        """Return a shape with which vectors do not depend on other texts."""
+        """Return a shape that makes vectors independent of other texts."""
         if device.type == "cpu":
             return cls(token_budget, most_texts=1)
         token_budget = max(token_budget, max_length)
@@ -168,7 +169,7 @@ class _Block:
     """Texts that are encoded together.
 
     vectors: task -> tensor (n, D) to fill.
-    unit: vectors of the unit, if this is its last block.
+    unit: vectors of the unit, if this is the unit's last block.
     """
 
     def __init__(self, encoder: Encoder, vectors: dict[str, Tensor]):

@@ -41,8 +41,8 @@ CONFIG = "config.json"
 class SciMultConfig(PreTrainedConfig):
     """Description of an encoder, as in loading.describe_architecture.
 
-    kind: dotted path of its class.
-    similarity: similarity that it was trained with, None if unknown.
+    kind: dotted path of the encoder's class.
+    similarity: similarity that the encoder was trained with, or None if unknown.
     """
 
     model_type = "scimult"
@@ -73,7 +73,7 @@ class SciMultModel(PreTrainedModel):
     ) -> BaseModelOutputWithPooling:
         """Return the vectors (B, D) of texts (B, S) for a task, as pooler_output.
 
-        token_type_ids: ignored. They are accepted because tokenizers return them, but all types are 0, as in training.
+        token_type_ids: accepted because tokenizers return them, but ignored, because all types are 0 in training.
         """
         tokens = Tokens.from_padded(input_ids, attention_mask)
         return BaseModelOutputWithPooling(pooler_output=self.encoder(tokens, task))

@@ -37,7 +37,8 @@ class RoutedEncoder(Encoder):
     level: "sequence" to route texts, or "token" to route tokens (only in the feed-forward sub-layer).
     gate_per_layer: whether each expert layer has its own gate, or all share one.
     entropy_weight: weight of the gates' mean negative entropy (in nats) in the loss. A positive weight keeps gates
-        undecided, so that all experts are tried (TASER's sign; its own runs use 0). A negative one makes them decide.
+        undecided, so that all experts are tried (the sign in TASER, whose own runs use 0). A negative weight makes them
+        decide.
     """
 
     groups_texts = True

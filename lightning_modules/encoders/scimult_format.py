@@ -35,14 +35,14 @@ RULES = ("mod2", "mod3", "mod4", "mod6", "mod12", "ge6mod3", "le7mod3")  # layer
 TOWERS = {"query": "question_model.", "document": "ctx_model."}
 UNUSED = ("embeddings.position_ids", "pooler.")
 
-# The authors' keys, where an expert is a number.
+# The authors' keys, in which an expert is a number.
 ATTENTION = re.compile(
     r"(encoder\.layer\.(\d{1,4})\.attention)\.(?:self\.moe_(query|key|value)|output\.moe_dense)\.(\d{1,4})\.(\w+)"
 )
 FEED_FORWARD = re.compile(r"(encoder\.layer\.(\d{1,4}))\.moe_layer\.(interm|output)_layers\.(\d{1,4})\.(.+)")
 GATE = re.compile(r"encoder\.expert_gate\.(?:(\d+)\.)?fwd_func\.(\w+)")
 
-# Our keys, which identify an expert by its name.
+# Our keys, in which an expert is a name.
 OUR_ATTENTION = re.compile(r"(encoder\.layer\.\d+\.attention)\.(self|output\.dense)\.experts\.(\w+)\.(.+)")
 OUR_FEED_FORWARD = re.compile(r"(encoder\.layer\.\d+)\.(intermediate|output)\.experts\.(\w+)\.(.+)")
 
@@ -164,7 +164,7 @@ def _one_tower(model: Mapping[str, Tensor], source: str, tower: str | None) -> d
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors are equal. If they share memory, they are not read."""
+    """Return whether two tensors are equal. If they share memory, their values are not read."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return False
     shared = a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape

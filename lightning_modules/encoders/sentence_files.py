@@ -1,11 +1,11 @@
-"""The files of sentence-transformers next to a plain model: how its vectors are pooled, prompted and compared.
+"""Read the files of sentence-transformers next to a plain model, which set pooling, prompt and similarity.
 
     modules.json                        list of modules: Transformer, Pooling, then Normalize, ...
     sentence_bert_config.json           max_seq_length, do_lower_case (also under older names)
     1_Pooling/config.json               pooling_mode, include_prompt
     config_sentence_transformers.json   prompts, default_prompt_name, similarity_fn_name
 
-Every setting that affects vectors is either applied or refused by name, so vectors are the same as the library's.
+Every setting that affects vectors is either applied or refused by name, so vectors equal the library's.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FORMER_MODES = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 SIMILARITIES = {"cosine": "cosine", "dot": "dot", "dot_score": "dot"}
-# Keys of the transformer's file that affect the vectors, with the values that do not change them.
+# Keys of the transformer's file that affect the vectors, with the values that have no effect.
 PLAIN_VALUES = {
     "transformer_task": (None, "feature-extraction"),
     "module_output_name": (None, "token_embeddings"),
@@ -57,8 +57,8 @@ PLAIN_VALUES = {
 class SentenceFiles:
     """The settings of a model's files. None means that the file or the key does not exist.
 
-    are_complete: whether the library wrote the folder, so that its defaults apply, too.
-    prompt: text at the start of every text, "" for none. pool_prompt: whether pooling includes it.
+    are_complete: whether the library wrote the folder, so that its defaults also apply.
+    prompt: prefix of every text, "" for no prefix. pool_prompt: whether pooling includes the prompt.
     similarity: "cosine" or "dot".
     """
 

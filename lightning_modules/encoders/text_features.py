@@ -1,9 +1,9 @@
-"""Feature vectors of texts as a further input of an encoder, such as the position of a paper in the citation graph.
+"""Feature vectors of texts as an additional input of an encoder, such as a paper's position in the citation graph.
 
     h <- h + tanh(W f + b)        h: embedding of the first token of a text, f: its features
 
-Texts without features are encoded exactly as before. W and b start at 0, so that new features do not change any vector
-either.
+Texts without features are encoded exactly as before. W and b start at 0, so adding features does not change any vector
+at first.
 
 Texts are recognised by their tokens, so the encoder finds their features everywhere: in training, evaluation, mining
 and export. If texts are truncated to fewer tokens later, longer texts lose their features. Vectors can be cached as
@@ -102,7 +102,8 @@ class TextFeatures(nn.Module):
         self.vectors.copy_(torch.from_numpy(np.ascontiguousarray(vectors[first])))
 
     def rows(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Return each text's row in the table, (B,), and whether it is in the table, (B,). The table must not be empty.
+        """Return each text's row in the table, (B,), and whether the text is in the table, (B,). The table must not be
+        empty.
 
         If a text is not in the table, its row is arbitrary.
         """

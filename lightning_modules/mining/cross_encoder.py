@@ -1,7 +1,8 @@
-"""A judge that is trained here: a transformer reads "query [SEP] paper" and predicts whether the paper is a positive.
+"""A judge that is trained on the data: a transformer reads "query [SEP] paper" and predicts whether the paper is a
+positive.
 
-No pair is judged by a model that has seen it. The queries are divided into folds, and the judge of each fold is trained
-on the other folds, to tell positives from mined negatives. False negatives among these are label noise. Finding label
+No model judges a pair that it has seen. The queries are divided into folds, and the judge of each fold is trained on
+the other folds to tell positives from mined negatives. False negatives among these are label noise. Finding label
 errors with out-of-sample predictions is known as confident learning (arXiv 1911.00068).
 
 Shapes: n pairs of query and paper.
@@ -41,8 +42,8 @@ from lightning_modules.optim import schedule
 
 log = logging.getLogger(__name__)
 
-WARM_UP = 0.1  # share of the steps in which the learning rate rises
-NUM_CHECKED = 500  # number of a fold's positives that are scored, to log how good the judge is
+WARM_UP = 0.1  # share of steps during which the learning rate rises
+NUM_CHECKED = 500  # number of positives to score per fold, to log the judge's quality
 
 
 class CrossEncoderJudge(Judge):
@@ -122,7 +123,7 @@ class CrossEncoderJudge(Judge):
     def _trained(
         self, table: PairTable, rows: np.ndarray, folder: Path, fold: int, device: torch.device | str
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """Train the judge of a fold, or load it if it was trained before."""
+        """Train the judge of a fold, or load it if it is already trained."""
         settings = {key: value for key, value in self.description.items() if not key.endswith("_above")}
         digest = hashlib.blake2b(json.dumps([settings, fold], sort_keys=True).encode(), digest_size=8)
         for array in (table.keys, table.is_mined, rows):
@@ -243,11 +244,11 @@ class PairTable:
         return np.random.default_rng(seed).permutation(len(distinct))[number] % count
 
     def unseen(self, chosen: np.ndarray, judged: np.ndarray) -> np.ndarray:
-        """Return the rows of chosen pairs, (n,) bool, except pairs with the same texts as a judged pair."""
+        """Return the rows of chosen pairs, (n,) bool, whose texts differ from those of all judged pairs."""
         return np.flatnonzero(chosen & ~np.isin(self.keys, self.keys[judged]))
 
     def texts(self, rows: np.ndarray) -> Iterator[tuple[str, str]]:
-        """Yield the texts of query and document."""
+        """Yield the texts of each pair's query and document."""
         for pool, query, document in self.pairs[rows].tolist():
             texts = self.pools[pool].queries[query], self.pools[pool].corpus[document]
             yield input_text(texts[0], "\n"), input_text(texts[1], "\n")

@@ -71,7 +71,7 @@ def first_of_text(document_texts: np.ndarray) -> np.ndarray:
 
 
 def from_rank(rows: np.ndarray, first: int) -> np.ndarray:
-    """Keep candidates from rank `first` on. The nearest documents are the most likely unjudged positives."""
+    """Keep candidates from rank `first` on. The nearest documents are the most likely to be unjudged positives."""
     return np.broadcast_to(np.arange(rows.shape[1]) >= first, rows.shape)
 
 
@@ -116,7 +116,7 @@ def sample(
 ) -> np.ndarray:
     """Sample at most `count` of each query's kept candidates without replacement, (Q, k) bool.
 
-    method: "top" takes the first ones, "random" uses equal probabilities, and "softmax" uses softmax(scores /
+    method: "top" takes the first candidates, "random" uses equal probabilities, and "softmax" uses softmax(scores /
         temperature).
     seeds: seeds of the random generator.
     """

@@ -36,7 +36,7 @@ from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_poo
 
 log = logging.getLogger(__name__)
 
-BLOCK = 8192  # number of queries that are ranked at a time
+BLOCK = 8192  # number of queries to rank at a time
 SHARD = 16384  # maximum number of texts per file of cached vectors
 
 
@@ -99,7 +99,7 @@ def mine(
 
 
 def _check_pool(pool: MiningPool, options: MiningOptions) -> None:
-    """Raise UserError if nothing can be mined from a pool. Log a warning if all of its documents are candidates."""
+    """Raise UserError if nothing can be mined from a pool. Log a warning if all documents are candidates."""
     for name, texts in (("documents", pool.corpus), ("queries", pool.queries)):
         if not len(texts):
             raise UserError(f"{pool.name}: nothing to mine, because it has no {name}")
@@ -109,7 +109,7 @@ def _check_pool(pool: MiningPool, options: MiningOptions) -> None:
             f"{options.first_rank}"
         )
     if options.k > len(pool.corpus):
-        log.warning("%s has %d documents, fewer than k, so all are candidates", pool.name, len(pool.corpus))
+        log.warning("%s has %d documents, fewer than k, so all of them are candidates", pool.name, len(pool.corpus))
 
 
 class Mining:
@@ -163,7 +163,7 @@ class Mining:
         return self.options.has_margin or any(miner.needs_vectors for miner in self.miners.values())
 
     def cache(self, encoder: Encoder) -> VectorCache:
-        """Return the cache of an encoder's vectors."""
+        """Return a cache for an encoder's vectors."""
         return VectorCache(
             encoder, self.folder, similarity=self.similarity, token_budget=self.token_budget, shard_size=SHARD
         )
@@ -232,7 +232,7 @@ def without_negatives(mined: Mapping[str, Mined]) -> Iterator[str]:
         counts = ", ".join(f"{name} {count}" for name, count in result.negatives.removed.items() if count)
         yield (
             f"{task}: no hard negatives are left. Candidates removed by each filter: "
-            f"{counts or 'none, there were no candidates'}. Raise k for more candidates, or lower relative_margin or "
+            f"{counts or 'none, because there were no candidates'}. Raise k for more candidates, or lower relative_margin or  "
             "first_rank"
         )
 

@@ -45,7 +45,7 @@ class MiningContext:
 
 
 class Miner(ABC):
-    """Rank documents for queries. With needs_vectors, scores are the model's; otherwise, they can have any scale."""
+    """Rank documents for queries. With needs_vectors, scores come from the model; otherwise, any scale is possible."""
 
     needs_vectors: ClassVar[bool] = False
 
@@ -96,7 +96,7 @@ class RankBandMiner(DenseMiner):
                 f"first: expected a rank below the number of documents of {pool.name}, {rows.shape[1]}, got "
                 f"{self.first}"
             )
-        rows[:, : self.first] = -1  # kept as padding, so that columns are still ranks
+        rows[:, : self.first] = -1  # padding, so that columns remain ranks
         return rows, scores
 
 
@@ -124,7 +124,7 @@ class BM25Miner(Miner):
 class ShownMiner(Miner):
     """Take the data's own hard negatives: documents that were shown but not clicked (grade 0 in the train split).
 
-    Since they are then treated as mined negatives, the filters apply to them too.
+    The filters also apply to them, because they count as mined negatives.
     """
 
     def rank(self, pool, queries, k, context):
@@ -134,7 +134,7 @@ class ShownMiner(Miner):
 
 
 class RelatedMiner(Miner):
-    """Rank the documents that are related to a query. Subclasses define which these are."""
+    """Rank the documents that are related to a query. Subclasses define what "related" means."""
 
     @abstractmethod
     def relations(self, pool: MiningPool, context: MiningContext) -> Any:
@@ -299,7 +299,7 @@ class SharingMiner(RelatedMiner):
 
 @dataclass(frozen=True)
 class _SharedValues:
-    """Values of each query, queries with each value, and rows of the documents that each query adds as candidates."""
+    """Values of each query, queries with each value, and rows of each query's candidates."""
 
     values: list[list[str]]
     queries_of_value: Mapping[str, np.ndarray]

@@ -18,10 +18,13 @@ class MiningOptions:
     )
     same_text: bool = option(True, "drop candidates with the text of the query or of one of its positives")
     first_rank: int = option(
-        0, "number of nearest candidates to drop, because they are the most likely unjudged positives", minimum=0
+        0, "number of nearest candidates to drop, because they are the most likely to be unjudged positives", minimum=0
     )
     relative_margin: float | None = option(
-        0.05, "keep candidates that score below (1 - margin) times the positive; null for all", minimum=0, below=1
+        0.05,
+        "keep candidates that score below (1 - margin) times the positive's score; null for all",
+        minimum=0,
+        below=1,
     )
     absolute_margin: float | None = option(
         None, "keep candidates that score below the positive by this margin; null for all", minimum=0, maximum=1e6
@@ -37,9 +40,10 @@ class MiningOptions:
         maximum=2,
     )
     sampling: Literal["top", "random", "softmax"] = option(
-        "top", "which remaining candidates to keep: the best, random ones, or a sample by the softmax of the scores"
+        "top",
+        "which of the remaining candidates to keep: the best, random ones, or a sample from the softmax of the scores",
     )
-    sampling_temperature: float = option(0.05, "temperature of sampling=softmax", minimum=1e-6, maximum=1e6)
+    sampling_temperature: float = option(0.05, "temperature for sampling=softmax", minimum=1e-6, maximum=1e6)
     memory_mb: int = option(512, "memory for scores, in MB, not counting the vectors", above=0)
     backend: Literal["auto", "faiss", "torch"] = option("auto", "library for exact search; the result is the same")
 

@@ -67,8 +67,8 @@ class JudgeContext:
 class Judge(ABC):
     """Decide on mined negatives by a score. Higher scores mean more relevant documents.
 
-    drop_above: drop documents with at least this score; null drops none.
-    positive_above: turn documents with at least this score into positives; null turns none.
+    drop_above: drop documents with at least this score; null: none.
+    positive_above: turn documents with at least this score into positives; null: none.
     """
 
     def __init__(self, drop_above: float | None, positive_above: float | None):
@@ -110,7 +110,7 @@ class GuideJudge(Judge):
     """Score by a frozen encoder: the cosine of query and document, minus the mean cosine of the query's positives.
 
     model: folder, checkpoint or hub name, or package:NAME.
-    drop_above: 0 drops documents that the guide prefers to the positives; -0.05 also those just below.
+    drop_above: 0 drops documents that the guide prefers to the positives; -0.05 also drops documents just below.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class GuideJudge(Judge):
 
 
 class FileJudge(Judge):
-    """Take judgements from a file, such as judgements of people, or of a model that is not run here.
+    """Take judgements from a file. They may come from people, or from a model that runs elsewhere.
 
     Each line has the ids of a query and a paper, and a label (keep, drop, positive) or a score. In a .tsv file, these
     are three columns; in other files, a JSON object: {"query": "q1", "paper": "d7", "label": "drop"} or {..., "score":
@@ -155,7 +155,7 @@ class FileJudge(Judge):
         self.path = path
         with explained(f"path: {path} cannot be read", OSError, UnicodeDecodeError):
             self._content = Path(path).read_text(encoding="utf-8-sig")
-        self._judgements = list(self._lines())  # at the start, because a mining may take hours
+        self._judgements = list(self._lines())  # at the start, because mining may take hours
 
     @property
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""Report on mined hard negatives: how hard they are, how many look like positives, and how many are new."""
+"""Report how hard mined negatives are, how many look like positives, and how many are new."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FIGURES = {
     "revealed": "  judged relevant in other splits",
     "above_positive": "  above the positive",
     "candidates_above": "share of candidates above the positive, before the margins",
-    "margin_p10": "score of the positive minus the negative's: 10th percentile",
+    "margin_p10": "score of the positive minus score of the negative: 10th percentile",
     "margin_p50": "  median; hard if near 0",
     "margin_p90": "  90th percentile",
     "duplicates": "share with the same text as another negative of the query",
@@ -38,7 +38,7 @@ FIGURES = {
     "turned": "share of the mined documents that the judge turned into positives",
     "distinct": "distinct documents per negative; low if many queries share few documents",
     "age": "steps since the previous mining",
-    "kept": "share that were also mined the previous time",
+    "kept": "share that was also mined the previous time",
 }
 
 
@@ -49,7 +49,7 @@ class TaskReport:
     values: name in FIGURES -> figure.
     histogram: counts (NUM_BINS,) and edges (NUM_BINS + 1,) of the margins; both empty without an encoder.
     removed: filter -> number of candidates that it removed.
-    relabelled: decisions of the judge, if there is one. `values` then describe only the negatives that it kept.
+    relabelled: decisions of the judge, if there is one. If so, `values` only describe the negatives that it kept.
     """
 
     values: Mapping[str, float]
@@ -59,7 +59,7 @@ class TaskReport:
 
 
 def report(mined: Mined, step: int, previous: MinedNegatives | None = None, previous_step: int = 0) -> TaskReport:
-    """Return the report on a task. previous: negatives that were in use until now, mined at previous_step."""
+    """Return the report on a task. previous: negatives in use until now, mined at previous_step."""
     all_mined, mined = mined.negatives, mined.kept()
     negatives = mined.negatives
     counts, total = np.diff(negatives.starts), len(negatives.documents)
@@ -195,7 +195,7 @@ def _histogram(task_report: TaskReport, task: str, top: float) -> list[str]:
         return [text(10, top + 12, f"{task}: no negatives are left")]
     rate = task_report.values["false_negative_rate"]
     counts, edges = task_report.histogram
-    title = f"{task}: score of the positive minus the negative's (look like positives: {rate:.1%})"
+    title = f"{task}: score of the positive minus score of the negative (look like positives: {rate:.1%})"
     parts, bottom = [text(10, top + 12, title)], top + HEIGHT
     if not len(counts):
         return [*parts, text(10, top + 40, "no scores: mined without an encoder")]

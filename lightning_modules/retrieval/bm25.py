@@ -1,4 +1,4 @@
-"""BM25 by bm25s, with Lucene's formula and English stop words."""
+"""BM25 with bm25s, Lucene's formula and English stop words."""
 
 from __future__ import annotations
 

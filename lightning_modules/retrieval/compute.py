@@ -11,7 +11,7 @@ from torch import nn
 
 from datamodules.records import UserError
 
-# Maximum number of tokens per forward pass. A CPU is fastest if they fit into its cache.
+# Maximum number of tokens per forward pass. A CPU is fastest if the tokens fit into its cache.
 TOKEN_BUDGETS = {"cpu": 2048, "cuda": 65536}
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}  # types of matrix products other than float32
 TF32_CAPABILITY = (8, 0)  # Ampere, the first GPUs with TF32
@@ -25,7 +25,7 @@ def default_device(number: int | None = None) -> torch.device:
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Return the device with a name: "auto" (default_device), "cpu", "cuda" or "cuda:N".
+    """Return the device with this name: "auto" (default_device), "cpu", "cuda" or "cuda:N".
 
     Raises UserError for any other name, or if this machine does not have the device.
     """
@@ -55,9 +55,9 @@ def default_token_budget(device: torch.device | str) -> int:
 def resolve_precision(precision: str, device: torch.device | str) -> str:
     """Return "fp32", "tf32", "bf16" or "fp16". "auto" means bf16 on GPUs with native support and on CPUs with AMX.
 
-    On hardware without TF32, "tf32" becomes "fp32". For CPUs, bf16 instructions alone (avx512_bf16) are not enough: on
-    one such CPU, matrix products were 2.5 times as fast as in fp32, but on another only 0.55 times. bf16_speed measures
-    this.
+    On hardware without TF32, "tf32" becomes "fp32". For CPUs, bf16 instructions alone (avx512_bf16) are not enough:
+    matrix products were 2.5 times as fast as in fp32 on one such CPU, but only 0.55 times as fast on another.
+    bf16_speed measures this.
     """
     on_gpu = torch.device(device).type == "cuda"
     if precision == "tf32" and not (on_gpu and torch.cuda.get_device_capability() >= TF32_CAPABILITY):

@@ -36,7 +36,7 @@ from lightning_modules.retrieval.vector_cache import text_hash
 
 log = logging.getLogger(__name__)
 
-# Metadata that a search needs.
+# Metadata that a search needs: key -> type.
 KEYS = dict.fromkeys(("model", "name", "task", "similarity", "input", "on_error"), str) | {"count": int}
 FORMER_PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}  # names that earlier versions wrote
 
@@ -145,7 +145,7 @@ class ShardFolder:
             "vectors": {task: _array_hash(array) for task, array in vectors.items()},
         }
         with explained(f"{self.folder}: cannot be written"):
-            self._record_path(number).unlink(missing_ok=True)  # it may describe older texts
+            self._record_path(number).unlink(missing_ok=True)  # the old record may describe other texts
             for task, array in vectors.items():
                 with atomic_file(self._vectors_path(number, task)) as file:
                     np.save(file, array)
@@ -177,7 +177,7 @@ class ShardFolder:
                 return len(ids)
             log.info("%s: merging the shards again", path)
         with explained(f"{path}: cannot be written"):
-            delete_metadata(path)  # it describes the old vectors
+            delete_metadata(path)  # the metadata describe the old vectors
             with atomic_file(path) as file:
                 for number, record in enumerate(records):
                     vectors = self.vectors(number, task, record)
@@ -201,7 +201,7 @@ def _array_hash(array: np.ndarray) -> str:
 
 
 def _is_merged(path: Path, metadata: Mapping[str, Any], shards: Sequence[tuple[list[str], str]]) -> bool:
-    """Return whether a matrix consists of these shards. If only its metadata does, log a warning: a file is damaged.
+    """Return whether a matrix consists of these shards. If only the metadata says so, log that a file is damaged.
 
     shards: ids of each shard, and the hash of its vectors.
     """

@@ -39,7 +39,7 @@ from lightning_modules.retrieval.search import Shards
 from lightning_modules.retrieval.vector_cache import VectorCache, check_same_size
 
 METRICS = ("ndcg@10", "recall@20", "recall@100", "mrr@10", "map@100")
-JUDGE_BLOCK = 2**22  # ranked documents judged at a time
+JUDGE_BLOCK = 2**22  # number of ranked documents to judge at a time
 
 Stage = Literal["encode", "rank", "learn"]
 StageAdvance = Callable[[Stage, int, int], None]
@@ -138,7 +138,7 @@ def evaluate(
     metrics: names of the metrics, unless the benchmark has its own.
     similarity: "dot", "cosine" or "l2", unless the benchmark has its own; by default as in training, or dot if unknown.
     token_budget: maximum number of tokens per forward pass.
-    vectors: source of the encoder's vectors; by default they are computed and not kept.
+    vectors: source of the encoder's vectors; by default, they are computed and not kept.
     document_vectors: cache of another model's document vectors, for an encoder trained to encode only queries; by
     default `vectors`. Probes do not use it.
     k: number of documents to rank per query, by default the deepest cut-off of the metrics.
@@ -165,7 +165,7 @@ def evaluate(
 
 
 def evaluate_bm25(benchmark: Benchmark, metrics: Sequence[str] = METRICS, *, k: int | None = None) -> BenchmarkResult:
-    """Evaluate BM25 on a benchmark, as evaluate() does an encoder. Needs the package bm25s."""
+    """Evaluate BM25 on a benchmark, like evaluate(). Needs the package bm25s."""
     benchmark = benchmark.without_blank()
     metrics = _checked_metrics(benchmark, metrics)
     k = k or ranking_depth(metrics, benchmark)
@@ -312,7 +312,7 @@ def _check_relevant(benchmark: Benchmark) -> None:
         raise UserError(f"{benchmark.name}: no query of the {benchmark.split} split has a relevant document")
     if unanswered and benchmark.without_relevant == "error":
         count, first = len(unanswered), unanswered[0]
-        raise UserError(f"{benchmark.name}: {count} queries have no relevant document, the first is {first!r}")
+        raise UserError(f"{benchmark.name}: {count} queries have no relevant document (first: {first!r})")
 
 
 def _ranking_values(run: Run, benchmark: Benchmark, names: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,7 @@ import numpy as np
 from datamodules.records import Qrels, UserError
 
 WHOLE_RANKING = sys.maxsize  # cut-off of a metric without a number in its name
-SORT_BLOCK = 2**22  # ranked documents sorted at a time
+SORT_BLOCK = 2**22  # number of ranked documents to sort at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class Run:
 
 
 def id_order(documents: Sequence[str]) -> np.ndarray:
-    """Return the position of each document if all are sorted by descending id, (M,)."""
+    """Return each document's position in descending order of ids, (M,)."""
     order = np.empty(len(documents), dtype=np.int64)
     order[np.argsort(np.array(documents, dtype=object))[::-1]] = np.arange(len(documents))
     return order
@@ -61,7 +61,9 @@ def sorted_run(
     scores: (Q, K).
     order: id_order(documents), computed here by default.
     """
-    by_id = np.append(id_order(documents) if order is None else order, len(documents))  # index -1 reads the last entry
+    by_id = np.append(
+        id_order(documents) if order is None else order, len(documents)
+    )  # index -1 refers to the last entry
     indices, scores = indices.copy(), scores.copy()
     step = max(1, SORT_BLOCK // max(1, indices.shape[1]))
     for start in range(0, len(indices), step):
@@ -74,7 +76,7 @@ def sorted_run(
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The gains of a run, from which ranking metrics are computed. A gain is a document's grade, or 0 if not relevant.
+    """The gains of a run, from which ranking metrics are computed. A gain is a document's grade, or 0 if irrelevant.
 
     gains: (Q, K), in the order of the ranking.
     ideal: (Q, R), in the order of the best possible ranking, R >= 1.
@@ -206,7 +208,7 @@ def binary_f1(counts: np.ndarray) -> float:
 
 
 def kendall_tau(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Kendall's tau-b of predicted and true numbers, (Q,) each; 0 if one of the two is constant."""
+    """Kendall's tau-b between predicted and true numbers, (Q,) each; 0 if one of them is constant."""
     try:
         from scipy.stats import kendalltau
     except ImportError as error:
@@ -233,7 +235,7 @@ CUT_OFF_IS_OPTIONAL = ("ndcg", "ndcg_exp", "mrr", "map", "r_precision")
 def parse_metric(name: str) -> tuple[str, int]:
     """Split a metric into its name and its cut-off: "ndcg@10" -> ("ndcg", 10).
 
-    "ndcg" has the cut-off WHOLE_RANKING, and "macro_f1" has 1. Raises UserError for an unknown metric.
+    "ndcg" gets the cut-off WHOLE_RANKING, and "macro_f1" gets 1. Raises UserError for an unknown metric.
     """
     match = re.fullmatch(r"([a-z_0-9]+)(?:@([1-9]\d*))?", name)
     metric, cut_off = match.groups() if match else ("", None)

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 FOLDS = 3
 SEED = 42
 MAX_ITER = {"class": 1000, "labels": 10_000, "number": 1000}
-PARALLEL_FROM = 2**19  # with fewer values, one process finishes before others have even started
+PARALLEL_FROM = 2**19  # with fewer values, one process would finish before others have even started
 
 
 def probe_runs(benchmark: Benchmark, query_ids: Sequence[str], queries: np.ndarray, train: np.ndarray) -> Iterator[Run]:
@@ -36,7 +36,7 @@ def probe_runs(benchmark: Benchmark, query_ids: Sequence[str], queries: np.ndarr
     queries: vectors of query_ids, (q, D).
     train: vectors of benchmark.training's papers, in their order, (n, D).
 
-    Yields runs. The documents of a query are its class, or its labels with the most certain first. For numbers, the
+    Yields runs. The documents of a query are its class, or its labels, most certain first. For numbers, the
     corpus has a single document, and its score is the prediction.
 
     Raises UserError if a paper does not have exactly one class, if a class or label has too few papers, or if
@@ -90,8 +90,8 @@ def _predict(
 def _draws(benchmark: Benchmark, targets: np.ndarray, names: list[str]) -> Iterator[np.ndarray]:
     """Yield the rows of the training papers of each draw.
 
-    With classes, papers are split, in their order, into stratified parts of the requested size. Each part is a draw.
-    With labels, each draw takes random papers of each label.
+    For classes, papers are split in order into stratified parts of the requested size. Each part is a draw. For labels,
+    each draw takes random papers of each label.
     """
     if benchmark.probe.learns == "labels":
         yield from _label_draws(benchmark, targets, names)
@@ -105,7 +105,7 @@ def _draws(benchmark: Benchmark, targets: np.ndarray, names: list[str]) -> Itera
             f"{benchmark.name}: {len(targets)} training papers cannot be divided into parts of {probe.samples}"
         )
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The least populated class")  # as in SciRepEval, some may lack a class
+        warnings.filterwarnings("ignore", "The least populated class")  # as in SciRepEval, some parts may lack a class
         splits = list(StratifiedKFold(num_parts).split(targets, targets))
     size = len(targets) // num_parts
     if size < 0.9 * probe.samples:  # slightly smaller parts are expected
@@ -130,7 +130,7 @@ def _label_draws(benchmark: Benchmark, labels: np.ndarray, names: list[str]) -> 
         random, rows = np.random.RandomState(SEED + draw), set()
         for label in range(len(names)):
             rows.update(random.choice(np.flatnonzero(labels[:, label]), probe.samples, replace=False).tolist())
-        yield np.array(list(rows))  # in the set's order, as in SciRepEval: it determines the folds
+        yield np.array(list(rows))  # in the set's order, which determines the folds, as in SciRepEval
 
 
 def _training_grades(benchmark: Benchmark) -> Qrels:
@@ -172,7 +172,7 @@ def _label_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
     labels = np.array(rows, dtype=np.int64)
     if constant := [name for name, share in zip(names, labels.mean(0), strict=True) if share in (0, 1)]:
         log.warning(
-            "%s: %d labels, such as %s, are on all training papers or on none, so they cannot be learned",
+            "%s: %d labels, such as %s, cannot be learned, because all training papers have them, or none",
             *(benchmark.name, len(constant), constant[0]),
         )
     if not benchmark.probe.samples:
@@ -201,7 +201,7 @@ def _number_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:
 def predict_classes(
     train: np.ndarray, classes: np.ndarray, queries: np.ndarray, probe: Probe
 ) -> tuple[np.ndarray, float]:
-    """Return the class of each query, (q,), from one-vs-rest models, and C, which is chosen by accuracy.
+    """Predict the class of each query, (q,), with one-vs-rest models. Also return C, chosen by accuracy.
 
     train: (n, D). classes: (n,). queries: (q, D).
     """
@@ -212,7 +212,7 @@ def predict_classes(
 
 
 def predict_labels(train: np.ndarray, labels: np.ndarray, queries: np.ndarray, probe: Probe) -> np.ndarray:
-    """Return the margin of each query for each label, (q, L). A query has the labels whose margin is above 0.
+    """Return the margin of each query for each label, (q, L). A query gets the labels whose margin is above 0.
 
     Each label has its own model and its own C. If can_choose_cost is False, C is the first of the costs. A label that
     all training papers have is predicted for all queries, and a label that none of them has is never predicted.
@@ -240,7 +240,7 @@ def _label_weights(train: np.ndarray, label: np.ndarray, probe: Probe) -> np.nda
 def predict_numbers(
     train: np.ndarray, numbers: np.ndarray, queries: np.ndarray, probe: Probe
 ) -> tuple[np.ndarray, float]:
-    """Return the number of each query, (q,), and C, which is chosen by R^2. numbers: training targets, (n,)."""
+    """Predict the number of each query, (q,). Also return C, chosen by R^2. numbers: training targets, (n,)."""
     model = _fit(train, numbers, probe, parallel=train.size > PARALLEL_FROM)
     return _products(queries, _weights(model))[:, 0], _chosen_cost(model)
 
@@ -269,7 +269,7 @@ def _products(queries: np.ndarray, weights: np.ndarray) -> np.ndarray:
 def _fit(train: np.ndarray, targets: np.ndarray, probe: Probe, choose_cost: bool = True, parallel: bool = False) -> Any:
     """Return a model fitted to the targets, with C chosen by cross-validation if probe.costs has several.
 
-    parallel: use a process per core.
+    parallel: whether to use one process per core.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.model_selection import GridSearchCV

@@ -116,7 +116,7 @@ def _prepare_documents(documents: Shards, similarity: str) -> Shards:
 
 
 def _scores(products: np.ndarray, queries: np.ndarray, similarity: str) -> np.ndarray:
-    """Turn products of prepared vectors into scores, (Q, k): negative distances for l2, else the products."""
+    """Turn products of prepared vectors into scores, (Q, k): negative distances for l2, otherwise the products."""
     if similarity != "l2":
         return products
     squares = np.einsum("qd,qd->q", queries.astype(np.float64), queries.astype(np.float64))
@@ -147,7 +147,8 @@ def _padded_positions(id_lists: Sequence[Sequence[str]], positions: Mapping[str,
 def _move_to_front(run: Run, first: np.ndarray) -> Run:
     """Remove repeated documents from each ranking, and move the documents in `first`, (Q, f), to the front.
 
-    Otherwise, documents keep their order. The ranking does not follow a similarity, so its scores just count down to 1.
+    Otherwise, documents keep their order. The new order does not follow a similarity, so the scores just count down to
+    1.
     """
     indices = np.full_like(run.indices, -1)
     for row, (ranked, front) in enumerate(zip(run.indices, first, strict=True)):

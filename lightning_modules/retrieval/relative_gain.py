@@ -1,4 +1,4 @@
-"""Delta_MTL: the relative gain of a joint model over one model per task, as a mean over tasks.
+"""Delta_MTL: the relative gain of a joint model over one model per task, averaged over tasks.
 
 Delta_MTL = 1/T sum over tasks t of s (M_t - M_t,single) / M_t,single, where M is a metric, and s is -1 if lower values
 are better, else 1 (Vandenhende et al., arXiv 2004.13379). The gain of a task with several benchmarks is the
@@ -64,7 +64,7 @@ def relative_gains(
     rng, sign = np.random.default_rng([seed, 3]), -1 if lower_is_better else 1
     joint_seeds = len(next(iter(next(iter(tasks.values())).values()))[0])
     joint_shares = resampled_seeds(joint_seeds, draws, rng)
-    gains: dict[str, dict[str, np.ndarray]] = {}  # (1 + draws,): the gain, and the gain in each draw
+    gains: dict[str, dict[str, np.ndarray]] = {}  # (1 + draws,): the gain, then the gain in each draw
     for task, benchmarks in tasks.items():
         single_shares = resampled_seeds(len(next(iter(benchmarks.values()))[1]), draws, rng)
         gains[task] = {}

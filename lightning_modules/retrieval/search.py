@@ -2,9 +2,9 @@
 
 FAISS or torch finds slightly more than k candidates in float32, block by block, and their scores are recomputed in
 float64. If rounding may have dropped one of a query's k best documents, the query is searched again in float64. So the
-result is the same as from a loop in float64, for any backend, number of threads, sharding and memory limit. Ties go to
-the first document, in the corpus or in a given order. For k above DEEP, recomputing would cost more than it saves, so
-the whole search is in float64.
+result equals that of a loop in float64, for any backend, number of threads, sharding and memory limit. Ties go to the
+first document, in the corpus or in a given order. For k above DEEP, recomputing would cost more than it saves, so the
+whole search is in float64.
 
 Shapes: Q queries, M documents, D dimensions, k documents per query.
 """
@@ -237,7 +237,7 @@ def _search_in_float64(
         chunk = queries[first : first + step].astype(np.float64)
         products = np.concatenate([chunk @ block.astype(np.float64).T for _, block in shards.blocks(size)], axis=1)
         kth = np.partition(products, -k, axis=1)[:, -k]
-        slack = 1e-9 * np.maximum(np.abs(products).max(axis=1), 1e-300)  # float64 rounds too
+        slack = 1e-9 * np.maximum(np.abs(products).max(axis=1), 1e-300)  # because float64 rounds, too
         for i, query in enumerate(chunk):
             near = np.flatnonzero(products[i] >= kth[i] - slack[i])
             exact = pair_scores(query[None], shards, near[None], memory)

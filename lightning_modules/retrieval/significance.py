@@ -1,4 +1,4 @@
-"""Significance tests of the difference between two systems, as pure functions of per-query values.
+"""Significance tests for the difference between two systems, as pure functions of per-query values.
 
 Shapes: Q queries, S seeds of a system. Values are (S, Q): one row per seed, with the same queries in all rows.
 """
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK = 1 << 22  # random numbers drawn at a time
-ROUNDING = 1e-12  # sums of the same numbers in another order differ by less
+BLOCK = 1 << 22  # number of random numbers to draw at a time
+ROUNDING = 1e-12  # sums of the same numbers in different orders differ by less
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,8 @@ class Comparison:
 
     queries: number of queries.
     mean_a, mean_b: means over seeds and queries.
-    spread_a, spread_b: standard deviation of the seeds' means (n - 1), None for a single seed.
-    difference: mean_a - mean_b. low, high: its confidence interval.
+    spread_a, spread_b: standard deviation of the seeds' means (n - 1), or None for a single seed.
+    difference: mean_a - mean_b. low, high: confidence interval of the difference.
     p: two-sided p-value of "no difference".
     wins, ties, losses: numbers of queries on which A is better, equal, worse.
     """
@@ -70,7 +70,7 @@ def compare(
 
 
 def spread(values: np.ndarray) -> float | None:
-    """Return the standard deviation of the seeds' means; None for a single seed. values: (S, Q)."""
+    """Return the standard deviation of the seeds' means, or None for a single seed. values: (S, Q)."""
     return float(values.mean(1).std(ddof=1)) if len(values) > 1 else None
 
 
@@ -89,9 +89,10 @@ def bootstrap_interval(
     training runs. With two or three seeds, it is still too narrow.
 
     pairs: values of A, (S, Q), and of B, (S', Q), on each of several benchmarks. The interval is for the mean over
-        benchmarks. A draw uses the same seeds on all benchmarks, because one training run has a value on each.
-    paired_seeds: whether A and B have the same seeds, in the same order. Both then get the same draws of seeds, so
-        effects that a seed has on both cancel. Such runs share their batches and random initial weights.
+        benchmarks. A draw uses the same seeds on all benchmarks, because each training run has a value on every
+        benchmark.
+    paired_seeds: whether A and B have the same seeds, in the same order. Such runs share batches and random initial
+        weights. Both then get the same draws of seeds, so that effects of a seed on both cancel.
     """
     rng = np.random.default_rng([seed, 1])
     shares = [resampled_seeds(len(side), draws, rng) for side in pairs[0]]
@@ -155,7 +156,7 @@ def sign_flip_p(differences: np.ndarray, *, draws: int = 10_000, seed: int = 0) 
 
     differences: (Q,).
     """
-    nonzero = differences[differences != 0]  # swapping has no effect on the others
+    nonzero = differences[differences != 0]  # swapping zeros has no effect
     if not len(nonzero):
         return 1.0
     observed = abs(nonzero.sum()) - ROUNDING * len(nonzero)

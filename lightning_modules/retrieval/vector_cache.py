@@ -34,10 +34,10 @@ from lightning_modules.retrieval.search import Advance, Shards, check_finite
 
 log = logging.getLogger(__name__)
 
-SHARD = 2048  # maximum number of texts per file, and so the most that an interruption can lose
+SHARD = 2048  # maximum number of texts per file, which is also the most that an interruption can lose
 MIN_SHARD, NUM_SHARDS = 512, 64  # small corpora are split into up to NUM_SHARDS shards of at least MIN_SHARD texts
 UNIT = 1024  # number of texts that a rank encodes at a time in memory
-# Names of the settings in backbone_settings. They are listed because new versions of transformers add more.
+# Names of the settings in backbone_settings. They are listed here, because new versions of transformers add more.
 SETTINGS = re.compile(
     "model_type|hidden_act|eps$|rope|window|local_attention|global_attn|layer_types|heads|^pad_token_id"
 )
@@ -86,7 +86,7 @@ class VectorCache:
 
         task: task to encode the texts for.
         name: description of the texts, for messages.
-        advance: callback for the number of texts in each encoded batch; by default the progress is logged.
+        advance: callback for the number of texts in each encoded batch; by default, the progress is logged.
         Raises UserError for vectors that are not finite.
         """
         advance = advance or ProgressLines(f"encoding {name}", "texts", len(texts) // world_size()).advance
@@ -178,7 +178,7 @@ class VectorCache:
         return self.encoder.encode_each(groups, task, token_budget=self.token_budget, advance=after_batch)
 
     def _checked(self, vectors: torch.Tensor, name: str, first: int) -> np.ndarray:
-        """Prepare vectors for comparison. Raises UserError if they are not finite. first: number of the first one."""
+        """Prepare vectors to be compared. Raises UserError if they are not finite. first: number of the first vector."""
         compared = comparable(vectors, self.similarity).numpy()
         check_finite(compared, name, first)
         return compared
@@ -238,7 +238,7 @@ def _is_intact(path: Path, count: int) -> bool:
         with open(path, "rb") as file:
             file.seek(vectors.offset + vectors.nbytes)
             end = file.read()
-        # Files of earlier versions have no checksum.
+        # Files written by earlier versions have no checksum.
         problem = "" if len(vectors) == count and end in (b"", _checksum(vectors)) else "its content was altered"
     except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
         problem = str(error)
@@ -286,7 +286,7 @@ def tokenization(tokenizer: Any) -> dict[str, Any]:
 
 
 def text_hash(documents: Iterable[Document], *keys: str) -> str:
-    """Return a hash of the texts, and of other keys that determine their vectors."""
+    """Return a hash of the texts, and of `keys` that determine their vectors."""
     digest = hashlib.blake2b(repr(keys).encode(), digest_size=12)
     for document in documents:
         digest.update(repr((document.title, document.text)).encode())

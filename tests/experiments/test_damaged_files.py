@@ -147,7 +147,9 @@ def test_an_average_that_cannot_be_made_again_raises_user_error(merged_run, tmp_
     shutil.copytree(source, tmp_path / "run")
     for name in ("merged.ckpt", "best.ckpt"):
         (tmp_path / "run" / "checkpoints" / name).write_bytes(b"")
-    with pytest.raises(UserError, match=r"merged\.ckpt: not a checkpoint.* you can name .*last\.ckpt\. To make merged"):
+    with pytest.raises(
+        UserError, match=r"merged\.ckpt: not a checkpoint.* you can name .*last\.ckpt\. To recreate merged"
+    ):
         load_encoder(tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "start.ckpt").write_bytes(b"")
     for more in ("trainer.max_steps=2", "trainer.max_steps=4"):

@@ -416,7 +416,7 @@ def test_every_n_epochs_counts_passes_over_all_examples():
         (["mining.first_rank=100"], "mining.first_rank: expected a rank below mining.k .100., got 100"),
         (
             ["mining.every_n_steps=2", "mining.use=data"],
-            "mining.use: data never uses the mined hard negatives",
+            "mining.use: with data, mined hard negatives are never used",
         ),
         (["mining.every_n_steps=2", "data.num_hard_negatives=0"], "is 0, so mined hard negatives are never used"),
         (

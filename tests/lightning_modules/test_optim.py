@@ -69,7 +69,7 @@ def test_parts_with_a_learning_rate_of_zero_get_no_gradients(make_encoder):
     assert frozen == {name for name, _ in encoder.named_parameters() if ".experts." in name and ".search." not in name}
     grouped = {id(p) for group in module.configure_optimizers()["optimizer"].param_groups for p in group["params"]}
     assert not grouped & {id(parameter) for parameter in encoder.parameters() if not parameter.requires_grad}
-    with pytest.raises(UserError, match="lr_scale: it freezes all trained parts"):
+    with pytest.raises(UserError, match="lr_scale: freezes all trained parts"):
         ContrastiveModule(make_encoder("shared"), optim=OptimOptions(lr_scale={"embeddings": 0.0, "shared": 0.0}))
 
 

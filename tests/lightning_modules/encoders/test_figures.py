@@ -95,11 +95,14 @@ VECTORS = np.zeros((len(NAMES), 3), np.float32)
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"size": 4}, r"vectors of shape \(n, 3\), as image_size says; got ids \(10,\) of <U2 and vectors \(10, 4\)"),
+        (
+            {"size": 4},
+            r"vectors of shape \(n, 3\), according to image_size; got ids \(10,\) of <U2 and vectors \(10, 4\)",
+        ),
         ({"vectors": VECTORS[:-1]}, r"got ids \(10,\) of <U2 and vectors \(9, 3\)"),
         ({"vectors": VECTORS.astype(int)}, "vectors .* of int64"),
         ({"ids": NAMES[:-2]}, "2 of 10 figures of task figure have no vector, first 'd8'; add their vectors"),
-        ({"ids": [*NAMES[:-1], "d0"]}, "expected a vector per figure, got 10 vectors of 9 figures"),
+        ({"ids": [*NAMES[:-1], "d0"]}, "expected one vector per figure, got 10 vectors for 9 figures"),
         ({"vectors": VECTORS + np.inf}, "the vector of 'd0' contains a non-finite number"),
         ({"ids": np.array(NAMES, dtype=object)}, "expected a .npz file with the arrays ids and vectors"),
     ],

@@ -147,7 +147,7 @@ def test_small_corpora_are_ranked_completely_unless_first_rank_is_beyond_them(
     mining = mining_of(tmp_path, k=500)
     mined = mining.run(mining.cache(encoder), pools)["search"]
     assert {len(rows) for rows in lists_of(mined)} == {8}  # ten documents less two positives
-    assert "toy has 10 documents, fewer than k, so all are candidates" in caplog.text
+    assert "toy has 10 documents, fewer than k, so all of them are candidates" in caplog.text
     mining = mining_of(tmp_path, k=500, first_rank=10)
     with pytest.raises(UserError, match="first_rank: expected a rank below the number of documents of toy, 10, got 10"):
         mining.run(mining.cache(encoder), pools)

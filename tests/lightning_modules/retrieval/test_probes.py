@@ -90,7 +90,7 @@ def test_label_that_no_training_paper_has_is_reported(caplog):
     train, classes, queries = three_classes()
     (run,) = probe_runs(benchmark(["ac"[c % 2] for c in classes], learns="labels"), list(range(40)), queries, train)
     assert set(run.indices.ravel()) == {-1, 0, 2}
-    assert "toy: 1 labels, such as b, are on all training papers or on none" in caplog.text
+    assert "toy: 1 labels, such as b, cannot be learned, because all training papers have them" in caplog.text
 
 
 def test_missing_scikit_learn_raises_user_error(monkeypatch):
