@@ -232,8 +232,8 @@ def without_negatives(mined: Mapping[str, Mined]) -> Iterator[str]:
         counts = ", ".join(f"{name} {count}" for name, count in result.negatives.removed.items() if count)
         yield (
             f"{task}: no hard negatives are left. Candidates removed by each filter: "
-            f"{counts or 'none, because there were no candidates'}. Raise k for more candidates, or lower relative_margin or  "
-            "first_rank"
+            f"{counts or 'none, because there were no candidates'}. Raise k for more candidates, or lower "
+            "relative_margin or first_rank"
         )
 
 

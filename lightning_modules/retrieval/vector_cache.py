@@ -178,7 +178,7 @@ class VectorCache:
         return self.encoder.encode_each(groups, task, token_budget=self.token_budget, advance=after_batch)
 
     def _checked(self, vectors: torch.Tensor, name: str, first: int) -> np.ndarray:
-        """Prepare vectors to be compared. Raises UserError if they are not finite. first: number of the first vector."""
+        """Prepare vectors for comparison. Raises UserError if any is not finite. first: number of the first vector."""
         compared = comparable(vectors, self.similarity).numpy()
         check_finite(compared, name, first)
         return compared
