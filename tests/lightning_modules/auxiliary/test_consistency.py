@@ -202,7 +202,7 @@ def test_task_without_data_and_corpus_without_documents_raise_user_error(three_t
     with pytest.raises(UserError, match="pairs: task 'clicks' has no data; expected one of classification"):
         loss.prepare(three_tasks)
     three_tasks.tasks[0].stripped = np.arange(9)
-    with pytest.raises(UserError, match="needs two documents, but task classification has 1 to train on"):
+    with pytest.raises(UserError, match="needs two documents, but task classification has only 1 to train on"):
         CrossTaskConsistency(list(TASKS), 32).prepare(three_tasks)
 
 
