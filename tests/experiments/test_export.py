@@ -475,7 +475,7 @@ def test_unreachable_hub_raises_user_error(tmp_path, monkeypatch):
         (["push=lab/model", "format=reference"], "push: needs a folder"),
         (["private=yes"], "private: needs push=OWNER/NAME"),
         (["license=my own"], "license: expected an id from the hub, got 'my own'"),
-        (["base_model=/home/bob/bert"], "base_model: expected an id of the hub"),
+        (["base_model=/home/bob/bert"], "base_model: expected an id from the hub"),
         (["language=en,x: y"], "language: expected an id from the hub, got 'x: y'"),
     ],
 )
