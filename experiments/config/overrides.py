@@ -39,7 +39,11 @@ def check_override(text: str) -> None:
 
 
 def parse_override(text: str) -> DictConfig:
+    value = text.partition("=")[2].strip()
     try:
+        read = yaml.safe_load(value)
+        if isinstance(read, str) and read != value and value[0] not in "'\"":
+            raise UserError(f"command line: the value of {text!r} is read as {read!r}; put it in quotes")
         return OmegaConf.create(_none_as_null(OmegaConf.to_container(OmegaConf.from_dotlist([text]))))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"command line: {text!r} cannot be read ({str(error).splitlines()[0]})") from error

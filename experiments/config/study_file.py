@@ -24,6 +24,7 @@ from datamodules.options import option
 from datamodules.records import UserError, explained, prefixed
 from experiments.config.experiment import FOLDER, yaml_names
 from experiments.config.structured import read_yaml, structured, unknown
+from experiments.config.sweep_file import as_override
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
@@ -119,6 +120,8 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
     settings = structured(StudySettings, [read_yaml(path)], str(path))
     _replace_values(settings, values)
     folder = (folder or Path("runs", f"study-{path.stem}")).absolute()
+    if as_override("output", str(folder)) != f"output={folder}" or "," in str(folder):
+        raise UserError(f"output: commands would read {str(folder)!r} as another path; expected one without , # and :")
     with prefixed(f"{path}: "):
         study = Study(path.stem, settings, _values(settings), folder)
         settings.title = " ".join(_inserted(settings.title, study.values, "title"))

@@ -215,6 +215,8 @@ def read_sweep(name: str, experiment: str, overrides: Sequence[str] = (), run_ca
     with prefixed(f"{path}: "):
         _check_types(content)
         parameters = read_parameters(content["parameters"])
+        if "run.dir" in (*(text.partition("=")[0] for text in overrides), *(each.name for each in parameters)):
+            raise UserError("run.dir: cannot be set for a sweep, because each trial has its own folder; leave it out")
     # These two keys are left out, because OmegaConf must not resolve a ${...} in them.
     settings = structured(SweepSettings, [OmegaConf.create(content | {"parameters": {}, "command": []})], str(path))
     return Sweep(
@@ -244,9 +246,9 @@ def _check_types(content: Mapping[str, Any]) -> None:
     for key in ("metric", "parameters", "early_terminate"):
         if key in content and not isinstance(content[key], Mapping):
             raise UserError(f"{key}: expected keys with values, got {content[key]!r}")
-    if not isinstance(content["command"], list) or ARGUMENTS not in content["command"]:
+    if not isinstance(content["command"], list) or ARGUMENTS not in content["command"][1:]:
         raise UserError(
-            f'command: expected a list of words that includes "{ARGUMENTS}", which stands for the parameters'
+            f'command: expected a list: a program, and words with "{ARGUMENTS}", which stands for the parameters'
         )
     for key, value in {"run_cap": content.get("run_cap"), **content.get("early_terminate", {})}.items():
         if isinstance(value, int) and abs(value) > 1 << 62:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from datamodules.files import read_json, write_json
+from experiments.config.sweep_file import as_override
 from lightning_modules.distributed import launch
 
 VARIABLE = "SCIMULT_TRIALS"  # environment variable with the folder in which the first rank publishes its trials
@@ -20,7 +21,7 @@ def publish_trial(experiment: str, overrides: Sequence[str], run: Path) -> None:
     if VARIABLE in os.environ and launch.rank() == 0:
         folder = Path(os.environ[VARIABLE])
         number = sum(1 for _ in folder.glob("*.json"))
-        write_json(folder / f"{number}.json", [experiment, *overrides, f"run.dir={run}"])
+        write_json(folder / f"{number}.json", [experiment, *overrides, as_override("run.dir", str(run))])
 
 
 def published_trials(folder: Path) -> Iterator[list[str]]:

@@ -65,8 +65,8 @@ class Trial:
     def arguments(self, sweep: Sweep) -> list[str]:
         """Return the key=value arguments that only this trial has."""
         has_group = any(text.startswith("wandb.group=") for text in sweep.overrides)
-        group = [] if has_group else [f"wandb.group={self.folder.parent.name}"]
-        return [*starmap(as_override, self.values.items()), f"run.dir={self.folder}", *group]
+        folders = {"run.dir": str(self.folder)} | ({} if has_group else {"wandb.group": self.folder.parent.name})
+        return [*starmap(as_override, {**self.values, **folders}.items())]
 
     def metric_values(self, metric: str) -> dict[int, float]:
         """Return the logged values of a metric by step. If a step was logged twice, the last value counts."""
@@ -218,7 +218,8 @@ class Controller(Runner[Trial]):
             log.info("trial %d %s: %s %s", trial.number, state, self.sweep.metric, value)
         elif state == "failed":
             self._failed.append(trial)
-            log.error("trial %d failed with status %d; its log is %s", trial.number, status, relative_path(trial.log))
+            problem = f"with status {status}" if status else f"because it wrote no results.json into {trial.folder}"
+            log.error("trial %d failed %s; its log is %s", trial.number, problem, relative_path(trial.log))
         else:
             log.info("trial %d was preempted and will be resumed later", trial.number)
 

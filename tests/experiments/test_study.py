@@ -275,6 +275,12 @@ def test_chosen_arms_and_seeds_bring_those_they_need(make_study):
         _chosen(study, StudyOptions(arms=("none",)))
 
 
+@pytest.mark.parametrize("name", ["a #1", "a: b", "a,b"])
+def test_an_output_that_commands_would_read_as_another_path_raises_user_error(name):
+    with pytest.raises(UserError, match=f"output: commands would read .*{name}.* as another path"):
+        read_study("sample", Path(name))
+
+
 def test_a_replaced_value_may_have_commas(make_study):
     options = parse(StudyOptions, ["values=train=[search,links],seven,steps=7"])
     study = make_study(values=options.values)

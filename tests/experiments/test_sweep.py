@@ -14,8 +14,10 @@ import pytest
 
 from datamodules.records import UserError
 from experiments.config import sweep_file
+from experiments.config.experiment import load_config
 from experiments.config.sweep_file import check_trials, read_sweep, sweeps
 from experiments.run import trials as trials_module
+from experiments.run.agent_trials import publish_trial
 from experiments.run.runner import environment
 from experiments.run.trials import Controller, Trial
 from experiments.slurm import slurm
@@ -64,6 +66,33 @@ def make_sweep(tmp_path):
         return str(path)
 
     return make
+
+
+@pytest.mark.parametrize("name", ["a #1", "a: b", " lead", "[x]", "{x}", "*x", "!x", "null", "it's"])
+def test_names_of_folders_are_not_read_as_yaml(name, tmp_path, monkeypatch):
+    """Trials of `my #1 sweep.yaml` were trained in the folder `my`."""
+    trial = Trial(0, {}, tmp_path / name / "t000")
+    config = load_config("vanilla", trial.arguments(read_sweep("lr", "vanilla")))
+    assert (config.run.dir, config.wandb.group) == (str(trial.folder), name)
+    monkeypatch.setenv("SCIMULT_TRIALS", str(tmp_path))
+    publish_trial("vanilla", [], trial.folder)
+    _, argument = json.loads((tmp_path / "0.json").read_text())
+    assert load_config("vanilla", [argument]).run.dir == str(trial.folder)
+
+
+@pytest.mark.parametrize("overrides", [["run.dir=mine"], []])
+def test_run_dir_cannot_be_set_for_a_sweep(make_sweep, overrides):
+    body = ONE if overrides else ONE.replace("optim.lr", "run.dir")
+    with pytest.raises(UserError, match="mine.yaml: run.dir: cannot be set for a sweep"):
+        read_sweep(make_sweep(body), "vanilla", overrides)
+
+
+def test_a_trial_that_ends_without_results_is_explained(make_sweep, tmp_path, monkeypatch, caplog):
+    """The log said that it failed with status 0."""
+    controller = Controller(read_sweep(make_sweep(ONE), "vanilla"), tmp_path / "out")
+    monkeypatch.setattr(controller, "_run_process", lambda *_: 0)
+    controller.run()
+    assert f"trial 0 failed because it wrote no results.json into {tmp_path}/out/t000; its log" in caplog.text
 
 
 @pytest.mark.slow

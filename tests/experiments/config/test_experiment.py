@@ -306,6 +306,11 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
             ["mining.judge.drop_above: expected a number, got nan"],
         ),
         (["moe", "optim.lr={"], ["command line: 'optim.lr={' cannot be read"]),
+        (
+            ["moe", "wandb.name=run #3"],
+            ["the value of 'wandb.name=run #3' is read as 'run'; put it in quotes"],
+        ),
+        (["moe", "run.dir=a\nb"], ["is read as 'a b'; put it in quotes"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
