@@ -17,6 +17,7 @@ from datamodules.records import UserError
 from experiments.config.arguments import parse
 from experiments.config.experiment import ROOT
 from experiments.run.agent_trials import END, VARIABLE, published_trials
+from experiments.run.wandb_environment import check_environment
 from experiments.shared.console import entry_point
 from lightning_modules.distributed import launch
 from lightning_modules.distributed.signals import ASKING
@@ -44,7 +45,9 @@ def main(arguments: Sequence[str]) -> None:
 def run_agent(sweep_id: str, count: int | None) -> int:
     """Run W&B's agent on the first rank, and the trials it gets on the other ranks. Returns the exit status."""
     is_shared = launch.under_srun() and launch.num_tasks() > 1
-    attempt = f"{launch.slurm_job()}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    # A job may start several agents, one after the other.
+    numbers = [os.environ.get(f"SLURM_{key}", "0") for key in ("RESTART_COUNT", "STEP_ID")]
+    attempt = "-".join([str(launch.slurm_job()), *numbers])
     folder = ROOT / "runs" / ".agents" / attempt
     environment = {key: value for key, value in os.environ.items() if key != VARIABLE}
     if launch.rank() > 0:
@@ -74,6 +77,7 @@ def check_login() -> None:
     """Raise UserError if W&B's agent would not find an API key for its server."""
     import wandb
 
+    check_environment()
     settings = wandb.setup().settings
     has_key = any(os.environ.get(name) for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE")) or settings.api_key
     host = urllib.parse.urlsplit(settings.base_url).hostname

@@ -21,6 +21,7 @@ from experiments.config.experiment import ExperimentOptions, as_dict, load_confi
 from experiments.config.schema import Config
 from experiments.config.sweep_file import Sweep, as_override, check_trials, read_sweep, sweeps
 from experiments.run.trials import Controller, Trial
+from experiments.run.wandb_environment import check_environment, wandb_mode
 from experiments.shared.console import entry_point, relative_path, verbosity
 from experiments.shared.output import writable_folder
 from experiments.shared.plain import say
@@ -56,8 +57,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"sweep: expected one of {', '.join(sweeps())}, for instance make sweep EXP=moe SWEEP=lr")
     config = load_config(options.experiment, overrides, [*option_keys(SweepOptions), "SWEEP", "PARALLEL", "TRIAL"])
     sweep = read_sweep(options.sweep, options.experiment, overrides, options.run_cap)
-    mode = os.environ.get("WANDB_MODE", config.wandb.mode)
-    if mode == "online" and options.trial is None:
+    if options.trial is None and wandb_mode(config.wandb.mode) == "online":
         check_trials(sweep)
         register(sweep, config)
         return
@@ -75,6 +75,7 @@ def register(sweep: Sweep, config: Config) -> None:
     """Register a sweep with W&B's server, which then gives its trials to agents."""
     import wandb
 
+    check_environment()
     content = dict(sweep.content) | {"command": sweep.command(["${args_no_hyphens}"])}
     if sweep.run_cap:
         content["run_cap"] = sweep.run_cap

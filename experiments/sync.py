@@ -15,6 +15,7 @@ from datamodules.options import option
 from datamodules.records import UserError
 from experiments.config.arguments import parse
 from experiments.run.lock import is_in_use
+from experiments.run.wandb_environment import check_environment
 from experiments.run.wandb_sender import PATIENCE, environment, is_sent
 from experiments.shared.console import counted, entry_point
 
@@ -70,6 +71,7 @@ def check_server() -> None:
     """Raise UserError if W&B's server does not answer, because `wandb sync` would wait for hours."""
     import wandb
 
+    check_environment()
     url = wandb.setup().settings.base_url
     try:
         urllib.request.urlopen(f"{url}/healthz", timeout=PATIENCE).close()

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from experiments.config.experiment import as_dict
 from experiments.config.schema import Config
+from experiments.run.wandb_environment import check_environment, wandb_mode
 from experiments.run.wandb_sender import is_sent
 from lightning_modules.distributed.signals import PREEMPTED
 from lightning_modules.loggers import JsonlLogger, LightningLogger, RunLogger
@@ -32,7 +33,7 @@ def build_loggers(config: Config, folder: Path) -> list[RunLogger]:
     """Return the loggers of a run. W&B is left out if it is disabled or not installed."""
     loggers: list[RunLogger] = [JsonlLogger(folder / "metrics.jsonl")]
     loggers += [LightningLogger(name, folder) for name in config.loggers]
-    mode = os.environ.get("WANDB_MODE", config.wandb.mode)
+    mode = wandb_mode(config.wandb.mode)
     if mode == "disabled":
         return loggers
     try:
@@ -40,6 +41,7 @@ def build_loggers(config: Config, folder: Path) -> list[RunLogger]:
     except ImportError:
         log.warning("wandb is not installed (pip install wandb): metrics only go to metrics.jsonl")
         return loggers
+    check_environment()
     run = config.wandb
     arguments = {
         "project": run.project,
@@ -121,11 +123,10 @@ class WandbLogger(RunLogger):
     def _run_id(self) -> str:
         """Return the run's id, which is stored in its folder. A trial gets its id from W&B's agent."""
         path = self.folder / "wandb_id"
-        if trial_id := os.environ.get("WANDB_RUN_ID"):
-            path.write_text(trial_id)
-        elif not path.exists():
-            path.write_text(secrets.token_hex(4))
-        return path.read_text().strip()
+        recorded = path.read_text().strip() if path.exists() else ""  # "" if the disk was full
+        run_id = os.environ.get("WANDB_RUN_ID") or recorded or secrets.token_hex(4)
+        path.write_text(run_id)
+        return run_id
 
     @_harmless
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

@@ -82,6 +82,18 @@ def test_only_the_first_rank_publishes_its_trial(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "0.json").read_text()) == ["moe", "a=1", f"run.dir={tmp_path / 'run'}"]
 
 
+def test_each_agent_of_a_job_has_its_own_folder_of_trials(monkeypatch):
+    """The ranks of a job's second agent trained the trials of the first one."""
+    folders = []
+    monkeypatch.setattr(agent, "published_trials", lambda folder: folders.append(folder) or [])
+    for step in ("0", "1"):
+        job = {"JOB_ID": "7", "STEP_ID": step, "PROCID": "1", "STEP_NUM_TASKS": "2"}
+        for key, value in job.items():
+            monkeypatch.setenv(f"SLURM_{key}", value)
+        assert agent.run_agent("a/b/c", None) == 0
+    assert [folder.name for folder in folders] == ["7-0-0", "7-0-1"]
+
+
 @pytest.mark.slow
 def test_the_ranks_of_a_job_train_the_trial_of_the_first_rank(server, tmp_path, free_port):
     """Two ranks start as srun would start them. W&B's server has one trial for both."""

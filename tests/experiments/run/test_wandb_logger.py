@@ -54,6 +54,13 @@ def kinds(path, kind):
     return [getattr(record, kind) for record in records(path) if record.WhichOneof("record_type") == kind]
 
 
+def test_an_id_that_a_full_disk_cut_is_replaced(server, tmp_path):
+    (tmp_path / "wandb_id").touch()
+    logger = make_logger(tmp_path)
+    assert len(logger._run_id()) == 8
+    assert logger._run_id() == (tmp_path / "wandb_id").read_text()
+
+
 @pytest.mark.slow
 def test_the_file_of_a_run_has_configuration_curves_table_picture_and_model(server, tmp_path):
     logger = make_logger(tmp_path, "run.seed=3", "scale=sample")
