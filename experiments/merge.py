@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.files import write_json
+from datamodules.files import read_json, write_json
 from datamodules.options import option
 from datamodules.records import Benchmark, UserError
 from experiments.build.benchmarks import BenchmarkOptions, SuiteOptions, collection_benchmarks, suite_benchmarks
@@ -74,6 +74,9 @@ class MergeOptions(SuiteOptions, EncodingOptions):
 def main(arguments: Sequence[str]) -> None:
     options = parse(MergeOptions, arguments)
     _check(options)
+    if (options.output / RECIPE).is_file() and read_json(options.output / RECIPE).get("command") == list(arguments):
+        log.info("%s is complete: the same command has merged these models; delete it to merge again", options.output)
+        return
     names = [name for name in options.model.split(",") if name]
     run = next(filter(None, map(run_of, names)), None)
     config = config_of_run(run, options.packages)
@@ -86,7 +89,7 @@ def main(arguments: Sequence[str]) -> None:
         merged = merge(members, weights, options.method)
         recipe = search.recipe(weights)
         merged.save_pretrained(folder)
-        write_json(folder / RECIPE, recipe, indent=2)
+        write_json(folder / RECIPE, recipe | {"command": list(arguments)}, indent=2)
         write_card(folder, merged, options.model, None, merged.similarity)
     if search.trials:
         _show(recipe)

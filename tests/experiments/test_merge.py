@@ -57,6 +57,19 @@ def test_fixed_weights_with_a_pretrained_start(models):
     assert recipe_of(models / "new")["parts"] == {"search": [1.0, 0.0]}
 
 
+def test_a_merge_that_is_repeated_changes_nothing(models, caplog):
+    """A study whose runner was killed during a merge could not continue, because the folder already existed."""
+    command = [f"model={models / 'a'},{models / 'b'}", f"output={models / 'new'}"]
+    merge(command)
+    before = {path: path.stat().st_mtime_ns for path in models.rglob("*")}
+    caplog.set_level("INFO")
+    merge(command)
+    assert {path: path.stat().st_mtime_ns for path in models.rglob("*")} == before
+    assert "new is complete: the same command has merged these models" in caplog.text
+    with pytest.raises(UserError, match="already exists"):
+        merge([*command, "weights=0.7,0.3"])
+
+
 def dev_score(model, folder, task):
     """Return the nDCG@10 of a saved model, from the command eval."""
     output = model / f"eval-{task}"
