@@ -113,7 +113,8 @@ class ResumableLoader:
         if changed:
             raise UserError(
                 f"cannot resume at the exact batch: the schedule differs from the checkpoint's ({'; '.join(changed)}). "
-                "Restore the old values, or start a new training from the checkpoint's weights"
+                "Restore the old values, or start a new training from the checkpoint's weights. With another number of "
+                "ranks, change batch_size so that the batch of all ranks together stays the same"
             )
         self.position = state["position"]
         if not self.rounds and state.get("rounds"):

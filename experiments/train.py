@@ -8,6 +8,7 @@ if __name__ == "__main__":
     signals.catch()  # first, because the other imports take ten seconds
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from datamodules.records import UserError
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module, describe_parameters, start_of
-from experiments.build.trainer import build_callbacks, build_trainer, compiles, precision_of, warn_about_cores
+from experiments.build.trainer import (
+    build_callbacks,
+    build_trainer,
+    check_ranks,
+    compiles,
+    precision_of,
+    warn_about_cores,
+)
 from experiments.config.experiment import (
     BEST,
     LAST,
@@ -47,6 +55,7 @@ from experiments.run.folder import (
     write_config,
 )
 from experiments.run.lock import lock_run
+from experiments.run.processes import LAUNCHER, connection_explained
 from experiments.run.wandb_logger import build_loggers
 from experiments.shared.console import entry_point
 from lightning_modules.callbacks.evaluation import BeforeFirstStep
@@ -79,6 +88,7 @@ def train(experiment: str, overrides: Sequence[str] = ()) -> None:
     After a signal, this saves the run and exits with a status from endings.py.
     """
     config = load_config(experiment, overrides)
+    check_ranks(config)
     folder = folder_of(config)
     rank_zero_only.rank = launch.rank(max(config.trainer.devices, 1))
     publish_trial(experiment, overrides, folder)
@@ -139,7 +149,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         start=start_of(config),
     )
     start = time.perf_counter()
-    with name_lost_ranks(trainer):
+    with connection_explained(), name_lost_ranks(trainer):
         with matrix_products_in(precision):
             fit(trainer, module, data, folder.checkpoint)
         if compiles(config):
@@ -234,6 +244,9 @@ def check_data_of_complete_run(folder: RunFolder, config: Config) -> None:
 
 def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModule, checkpoint: Path | None) -> None:
     """Train. Ctrl-C raises KeyboardInterrupt, whereas Lightning would exit."""
+    if trainer.world_size > 1:
+        signals.connecting(os.environ.get(LAUNCHER))
+    os.environ[LAUNCHER] = str(os.getpid())  # for the ranks that Lightning starts
     try:
         trainer.fit(module, data, ckpt_path=checkpoint)
     except CheckpointMismatch as error:
@@ -246,6 +259,8 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
             raise
         resuming = describe_resuming(Path(trainer.default_root_dir))
         raise KeyboardInterrupt(f"interrupted at step {trainer.global_step}: {resuming}") from leaving
+    finally:
+        os.environ.pop(LAUNCHER)
 
 
 def log_end(loggers: Sequence[RunLogger], table: FinalTable, step: int, files: Sequence[Path]) -> None:

@@ -24,6 +24,7 @@ from experiments.build.models import device_of
 from experiments.config.experiment import BEST, EXPERTS, LAST
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
+from experiments.shared.console import counted
 from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpointIO
 from lightning_modules.callbacks.diagnostics import Diagnostics
 from lightning_modules.callbacks.evaluation import Evaluation
@@ -194,6 +195,25 @@ def build_trainer(
     )
 
 
+def check_ranks(config: Config) -> None:
+    """Raise UserError if a launcher started another number of ranks than the configuration needs.
+
+    Variables that a launcher has left behind would otherwise make this process a rank above 0, which writes no run.
+    """
+    devices, nodes = config.trainer.devices, config.trainer.num_nodes
+    launch.number("MASTER_PORT")
+    if devices == -1:
+        return
+    needed, started, rank = devices * nodes, launch.num_ranks(), launch.rank(devices)
+    is_started = launch.under_srun() or "RANK" in os.environ
+    if rank >= needed or (is_started and needed != started > 1):
+        raise UserError(
+            f"trainer.devices={devices} with trainer.num_nodes={nodes} needs {counted(needed, 'rank')}, but the "
+            f"environment is that of rank {rank} of {started}. Start as many with srun or torchrun, or unset RANK, "
+            "LOCAL_RANK, NODE_RANK and WORLD_SIZE, if an earlier launcher left them."
+        )
+
+
 def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
     """Return DDP or FSDP for several ranks."""
     if config.trainer.num_nodes == 1 and config.trainer.devices == 1:
@@ -208,19 +228,9 @@ def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
 
 
 def _environment(config: Config) -> list[ClusterEnvironment]:
-    """Return the cluster environment if Lightning would choose the wrong one, else [].
-
-    Raises UserError if srun did not start the number of processes that the configuration needs.
-    """
+    """Return the cluster environment if Lightning would choose the wrong one, else []."""
     if launch.by_torchrun() or "SLURM_JOB_ID" not in os.environ:
         return []
-    settings, tasks = config.trainer, launch.num_tasks()
-    if not launch.under_srun() or (tasks == 1 and settings.num_nodes == 1):
+    if not launch.under_srun() or (launch.num_tasks() == 1 and config.trainer.num_nodes == 1):
         return [LightningEnvironment()]  # a shell inside an allocation, where Lightning starts the other ranks
-    ranks = settings.devices * settings.num_nodes
-    if settings.devices != -1 and tasks != ranks:
-        raise UserError(
-            f"srun started {tasks} processes, but trainer.devices={settings.devices} with trainer.num_nodes="
-            f"{settings.num_nodes} needs {ranks} (set --nodes and --ntasks-per-node)"
-        )
     return [SLURMEnvironment(auto_requeue=False)]  # auto_requeue would save inside a signal handler

@@ -14,13 +14,14 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from datamodules.records import UserError
+from datamodules.records import UserError, reason
 from experiments.shared.console import verbosity
 from experiments.shared.plain import say
 from lightning_modules.distributed import launch
@@ -98,6 +99,18 @@ def launch_processes(command: str, arguments: Sequence[str], devices: int) -> No
         ) from error
 
 
+@contextmanager
+def connection_explained() -> Iterator[None]:
+    """Turn the errors of ranks that cannot connect into a UserError."""
+    try:
+        yield
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        raise UserError(
+            f"environment: the ranks cannot connect ({reason(error)}). Start all of them with the same MASTER_ADDR and "
+            "MASTER_PORT; on a single machine, unset both"
+        ) from error
+
+
 def end_with_launcher() -> None:
     """Make sure that this process ends with the command that launched it, even if that command is killed.
 
@@ -130,7 +143,8 @@ def _work_as_rank(work: Callable[[], None]) -> None:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         # gloo exchanges Python objects, even if tensors are on GPUs.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        with connection_explained():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         work()
         dist.barrier()
     except (UserError, RuntimeError) as error:
@@ -207,7 +221,7 @@ def _parse_part(part: str, environment: Mapping[str, str]) -> tuple[int, int]:
         return int(match[1]) - 1, int(match[2])
     if "SLURM_ARRAY_TASK_COUNT" in environment:
         number, first, last, count = (
-            int(environment[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "MIN", "MAX", "COUNT")
+            launch.number(f"SLURM_ARRAY_TASK_{name}", "", environment) for name in ("ID", "MIN", "MAX", "COUNT")
         )
         if last - first != count - 1:
             raise UserError(

@@ -14,6 +14,7 @@ import lightning as L
 import torch.distributed as dist
 
 from lightning_modules.distributed.collectives import from_first_rank, rank, world_size
+from lightning_modules.distributed.signals import connected
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class Heartbeat(L.Callback):
         self._store.set(f"name/{self._rank}", f"rank {self._rank} (process {os.getpid()} on {platform.node()})")
         self._store.add(f"beats/{self._rank}", 1)
         dist.barrier()
+        connected()
         dist.distributed_c10d._set_pg_timeout(self.timeout)
         threading.Thread(target=self._beat, daemon=True, name="heartbeat").start()
 

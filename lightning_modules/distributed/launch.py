@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 
 
-def number(name: str, default: int = 0, environment: Mapping[str, str] = os.environ) -> int:
+def number(name: str, default: int | str = 0, environment: Mapping[str, str] = os.environ) -> int:
     """Return an environment variable as an integer. Raises UserError if it is not an integer."""
     value = str(environment.get(name, default))
     if not value.isdecimal():

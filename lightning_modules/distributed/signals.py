@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import threading
 
 from lightning_modules.distributed import launch
 
 PREEMPTED = 75  # exit status: the same command resumes the run (EX_TEMPFAIL of sysexits.h)
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # from weakest to strongest; the strongest signal counts
+PATIENCE = 10.0  # seconds that a signal waits for ranks to connect
+_connected = threading.Event()
 _noted: signal.Signals | None = None
 _owner = 0  # id of the process that catches signals, 0 if none
 
@@ -46,6 +50,40 @@ def catch_interrupt() -> None:
     """Also record Ctrl-C, if this process catches signals."""
     if _owner == os.getpid():
         signal.signal(signal.SIGINT, _note)
+
+
+def connecting(launcher: str | None = None) -> None:
+    """Until connected() is called, let a signal end this process, and also the end of the process that launched it.
+
+    It waits for other ranks in C++, where Python runs no handlers, so threads watch. There is nothing to save yet.
+
+    launcher: id of the process that launched this one, None to outlive it.
+    """
+    if _owner != os.getpid():
+        return
+    _connected.clear()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer)
+
+    def watch() -> None:
+        number = signal.Signals(_noted or os.read(reader, 1)[0])
+        if not _connected.wait(PATIENCE):
+            print(f"ended by {number.name} while waiting for the other ranks", file=sys.stderr, flush=True)
+            os._exit(Preempted(number).status)
+
+    def watch_launcher() -> None:
+        while not _connected.wait(1):
+            if launcher and os.getppid() != int(launcher):
+                os._exit(1)
+
+    for target in (watch, watch_launcher):
+        threading.Thread(target=target, daemon=True).start()
+
+
+def connected() -> None:
+    """All ranks are connected, so that they end together from now on."""
+    _connected.set()
 
 
 def ignore() -> None:

@@ -4,17 +4,19 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 
 import pytest
+import torch.distributed as dist
 
 from datamodules.readers.beir import write_beir
 from datamodules.records import Collection, Document, UserError
 from experiments.evaluate import main
 from experiments.run import processes
-from experiments.run.processes import run_on_ranks, share_of
+from experiments.run.processes import connection_explained, run_on_ranks, share_of
 from lightning_modules.distributed import launch
 from tests.conftest import text_of
 from tests.experiments.test_train import ROOT
@@ -245,3 +247,14 @@ def test_invalid_parts_raise_user_errors():
     array = {f"SLURM_ARRAY_TASK_{k}": v for k, v in {"ID": "4", "MIN": "0", "MAX": "8", "COUNT": "3"}.items()}
     with pytest.raises(UserError, match="without gaps, got 3 tasks from 0 to 8"):
         share_of("", array)
+    for wrong in (array | {"SLURM_ARRAY_TASK_ID": "x"}, {"SLURM_ARRAY_TASK_COUNT": "3"}):
+        with pytest.raises(UserError, match="environment: SLURM_ARRAY_TASK_ID is '.?', expected a whole number"):
+            share_of("", wrong)
+
+
+def test_ranks_that_cannot_connect_raise_user_error(free_port):
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", free_port))
+        other.listen()
+        with pytest.raises(UserError, match="the ranks cannot connect .*in use.*MASTER_PORT"), connection_explained():
+            dist.TCPStore("127.0.0.1", free_port, 2, True)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -21,6 +22,7 @@ def restored_handlers(monkeypatch):
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
     signals._noted, signals._owner = None, 0
 
 
@@ -50,6 +52,33 @@ def test_second_interrupt_ends_at_once():
     assert signals.noted() == signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         send(signal.SIGINT)
+
+
+@pytest.mark.parametrize("is_connected", [True, False])
+@pytest.mark.parametrize("is_early", [True, False])
+def test_a_signal_ends_a_process_that_waits_for_other_ranks(monkeypatch, is_connected, is_early):
+    """Neither Ctrl-C nor SIGTERM ended a training whose second node never started."""
+    statuses = []
+    monkeypatch.setattr(signals, "PATIENCE", 0.2)
+    monkeypatch.setattr(signals.os, "_exit", statuses.append)
+    signals.catch()
+    steps = [send, lambda _: signals.connecting()]
+    for step in steps if is_early else reversed(steps):
+        step(signal.SIGTERM)
+    if is_connected:
+        signals.connected()
+    time.sleep(0.5)
+    assert statuses == ([] if is_connected else [signals.PREEMPTED])
+
+
+def test_a_rank_ends_if_the_first_one_ends_before_they_are_connected(monkeypatch):
+    """It waited for half an hour, and ignored SIGTERM."""
+    statuses = []
+    monkeypatch.setattr(signals.os, "_exit", lambda status: (statuses.append(status), signals.connected()))
+    signals.catch()
+    signals.connecting(launcher="1")
+    time.sleep(1.5)
+    assert statuses == [1]
 
 
 def test_without_catch_no_handler_changes():

@@ -1,0 +1,41 @@
+"""The trainer: the number of ranks."""
+
+import os
+
+import pytest
+
+from datamodules.records import UserError
+from experiments.build.trainer import check_ranks
+from experiments.config.experiment import load_config
+from tests.lightning_modules.distributed.test_signals import LAUNCH
+
+SRUN = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "overrides", "message"),
+    [
+        ({"RANK": "1", "WORLD_SIZE": "2"}, [], "needs 1 rank, but the environment is that of rank 1 of 2"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, [], "needs 1 rank, but the environment is that of rank 0 of 2"),
+        ({"LOCAL_RANK": "1"}, [], "needs 1 rank, but the environment is that of rank 1"),
+        ({"NODE_RANK": "1"}, ["trainer.devices=2"], "needs 2 ranks, but the environment is that of rank 2"),
+        (SRUN | {"SLURM_NTASKS": "2"}, [], "needs 1 rank, but the environment is that of rank 0 of 2"),
+        ({"MASTER_PORT": "abc"}, [], "environment: MASTER_PORT is 'abc', expected a whole number"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, ["trainer.devices=2"], ""),
+        ({"NODE_RANK": "1", "LOCAL_RANK": "1"}, ["trainer.devices=2", "trainer.num_nodes=2"], ""),
+        (SRUN | {"SLURM_NTASKS": "1"}, ["trainer.devices=2"], ""),  # a shell, where Lightning starts the ranks
+        ({"WORLD_SIZE": "2"}, [], ""),
+    ],
+)
+def test_ranks_must_be_as_many_as_the_configuration_needs(environment, overrides, message, monkeypatch):
+    """With variables left over from a launcher, a training was a rank above 0: it ended well, but wrote no run."""
+    for key in [*LAUNCH, *(key for key in os.environ if key.startswith("SLURM_"))]:
+        monkeypatch.delenv(key, raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    config = load_config("vanilla", overrides)
+    if not message:
+        check_ranks(config)
+        return
+    with pytest.raises(UserError, match=message):
+        check_ranks(config)
