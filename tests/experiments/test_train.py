@@ -644,7 +644,7 @@ def test_wandb_logs_offline_by_default_and_without_a_server(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert list((folder / "wandb").glob("offline-run-*/run-*.wandb"))
-        assert ("W&B did not get the whole run" in done.stdout) == (name == "no server")
+        assert ("W&B did not receive the whole run" in done.stdout) == (name == "no server")
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def test_a_failing_or_missing_scontrol_ends_with_status_75(tmp_path, monkeypatch
     scontrol(status=1)
     set_job(monkeypatch)
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
-    assert "job 12: scontrol cannot requeue it from here (not allowed), exiting with status 75" in caplog.text
+    assert "job 12: scontrol cannot requeue it from here (not allowed); exiting with status 75" in caplog.text
     monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
     assert exit_status(Preempted(signal.SIGUSR1), tmp_path) == 75
 

@@ -128,7 +128,7 @@ def test_damaged_files_and_files_of_other_programs_raise_user_error(make_encoder
         load_encoder(folder)
     save_encoder(make_encoder("shared"), folder)
     (folder / "model.safetensors").write_bytes(b"{}")
-    with pytest.raises(UserError, match="was altered or damaged after the export"):
+    with pytest.raises(UserError, match="was changed or damaged after the export"):
         load_encoder(folder)
     (folder / "checksum.json").unlink()
     with pytest.raises(UserError, match="cannot be read"):

@@ -123,7 +123,7 @@ def test_batch_invariant_vectors_are_refused_on_a_gpu(make_backbone, monkeypatch
     """Kernels differ with the number of rows of an expert, and fillers keep only the number of all rows."""
     encoder = kind(*make_backbone(), TASKS, max_length=32)
     monkeypatch.setattr(kind, "device", torch.device("cuda"))
-    with pytest.raises(UserError, match=f"batch_invariant: {kind.__name__} supports it on CPUs only"):
+    with pytest.raises(UserError, match=f"batch_invariant: {kind.__name__} only supports it on CPUs"):
         encoder.encode(["bara"], "search", batch_invariant=True)
 
 
