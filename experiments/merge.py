@@ -74,19 +74,13 @@ class MergeOptions(SuiteOptions, EncodingOptions):
 def main(arguments: Sequence[str]) -> None:
     options = parse(MergeOptions, arguments)
     _check(options)
-    if (options.output / RECIPE).is_file() and read_json(options.output / RECIPE).get("command") == list(arguments):
-        log.info("%s is complete: the same command has merged these models; delete it to merge again", options.output)
+    if _is_complete(options, arguments):
+        log.info("%s is complete: the same command has merged the same models", options.output)
         return
-    names = [name for name in options.model.split(",") if name]
-    run = next(filter(None, map(run_of, names)), None)
-    config = config_of_run(run, options.packages)
     with whole_folder(options.output) as folder:  # first, because the search takes long
-        members = _load(options, names, config)
-        first = members[names[0]]
-        first.similarity = default_similarity(first, config)
-        search = Search(options, members, _dev_sets(options, config))
+        search = _search(options)
         weights = search.best()
-        merged = merge(members, weights, options.method)
+        merged = merge(search.members, weights, options.method)
         recipe = search.recipe(weights)
         merged.save_pretrained(folder)
         write_json(folder / RECIPE, recipe | {"command": list(arguments)}, indent=2)
@@ -111,6 +105,26 @@ def _check(options: MergeOptions) -> None:
         raise UserError("sweep: expected at least one weight, such as 0,0.5,1")
     if options.choose == "greedy" and options.method == "slerp":
         raise UserError("method: greedy soups are linear; remove method=slerp")
+
+
+def _is_complete(options: MergeOptions, arguments: Sequence[str]) -> bool:
+    """Return whether the same command has written the output, from models and dev data that are still the same."""
+    path = options.output / RECIPE
+    if not path.is_file() or (recipe := read_json(path)).get("command") != list(arguments):
+        return False
+    merged = [*(member["fingerprint"] for member in recipe["members"]), *(data["data"] for data in recipe["dev"])]
+    return _search(options).fingerprints() == merged
+
+
+def _search(options: MergeOptions) -> Search:
+    """Load the models and the dev data."""
+    names = [name for name in options.model.split(",") if name]
+    run = next(filter(None, map(run_of, names)), None)
+    config = config_of_run(run, options.packages)
+    members = _load(options, names, config)
+    first = members[names[0]]
+    first.similarity = default_similarity(first, config)
+    return Search(options, members, _dev_sets(options, config))
 
 
 def _load(options: MergeOptions, names: Sequence[str], config: Config | None) -> dict[str, Encoder]:
@@ -196,6 +210,10 @@ class Search:
         similarity, budget = encoder.similarity, self.options.token_budget
         result = evaluate(encoder, replace(benchmark, metrics=()), metrics, similarity=similarity, token_budget=budget)
         return result.metrics[metrics[0]]
+
+    def fingerprints(self) -> list[str]:
+        """Return the hashes of the models and of the dev data."""
+        return [*map(fingerprint, self.members.values()), *(benchmark.fingerprint() for benchmark in self.sets)]
 
     def recipe(self, weights: Weights) -> dict[str, Any]:
         """Return the content of merge.json."""

@@ -65,9 +65,13 @@ def test_a_merge_that_is_repeated_changes_nothing(models, caplog):
     caplog.set_level("INFO")
     merge(command)
     assert {path: path.stat().st_mtime_ns for path in models.rglob("*")} == before
-    assert "new is complete: the same command has merged these models" in caplog.text
+    assert "new is complete: the same command has merged the same models" in caplog.text
     with pytest.raises(UserError, match="already exists"):
         merge([*command, "weights=0.7,0.3"])
+    shutil.rmtree(models / "a")
+    shutil.copytree(models / "b", models / "a")  # the command is the same, but the model is another one
+    with pytest.raises(UserError, match="already exists"):
+        merge(command)
 
 
 def dev_score(model, folder, task):

@@ -124,7 +124,9 @@ def test_experiment_reads_image_vectors(tmp_path):
     vectors = image_vectors(tmp_path, False, 0)
     settings = ["tasks=[figure]", f"task.figure.data={{figures: {reader}}}", f"encoder.vectors={vectors}"]
     run = two_steps(tmp_path / "run", *settings, "backbone.config.hidden_size=32", "data.cache=null")
-    with pytest.raises(UserError, match=r"images0.npz: expected ids .* vectors of shape \(n, 17\), according to image_size"):
+    with pytest.raises(
+        UserError, match=r"images0.npz: expected ids .* vectors of shape \(n, 17\), according to image_size"
+    ):
         train("mmsci", [*run, "encoder.image_size=17"])
     train("mmsci", [*run, "encoder.image_size=16"])
     encoder = load_encoder(tmp_path / "run")
