@@ -92,7 +92,7 @@ def test_benchmark_with_other_data_is_left_out_with_the_reason(tmp_path, models,
     [
         (
             ["single=search:{search},reviews:{search}"],
-            r"TASK \(classification, link_prediction, search\), got reviews:",
+            r"TASK:FOLDER with a task that A has results on \(classification, link_prediction, search\), got reviews:",
         ),
         (["single={search}"], "expected TASK:FOLDER"),
         (["single=search:nowhere"], "single=search: nowhere does not exist"),

@@ -42,7 +42,7 @@ def test_commands_of_the_page_run(tmp_path):
         done = run(command_of(line, tmp_path), cwd=tmp_path, env=environment)
         assert done.returncode == 0, (line, done.stdout, done.stderr)
         outputs.append(done.stdout)
-    assert "299 papers of 300 records" in outputs[0]
+    assert "299 papers from 300 records" in outputs[0]
     assert "Next: make train EXP=moe 'tasks=[classification,search]'" in outputs[0]
     assert "mylib_classification" in outputs[1]
     assert (tmp_path / "runs" / "mylib" / "results.json").exists()

@@ -530,7 +530,7 @@ def test_starting_from_another_architecture_is_refused(finished, tmp_path):
         (["encoder.layers=mod9"], "does not select any"),
         (["task.search.data.searches.num_papers=5"], "num_papers: expected at least 500, got 5"),
         (["backbone.config.hidden_size=33"], "backbone.config"),
-        (["task.search.data.topics=${task.classification.data.topics}"], "has a collection called topics too"),
+        (["task.search.data.topics=${task.classification.data.topics}"], "also has a collection called topics"),
     ],
 )
 def test_wrong_settings_are_refused_before_training(tmp_path, overrides, message):
