@@ -56,7 +56,9 @@ def two_steps(folder, *overrides):
 
 
 def rows(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """Return the rows of metrics.jsonl. The last line of a run that is still training may not be complete."""
+    complete = (folder / "metrics.jsonl").read_text().rpartition("\n")[0]
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def batches(folder):
