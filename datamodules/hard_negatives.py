@@ -279,9 +279,8 @@ class Rounds:
 
         Raises UserError if the store for this position is missing or damaged, or is a different one.
         """
-        initial = next(
-            (r for r in self._rounds if r.batch == 0), None
-        )  # mined before training; the folder may have moved
+        # Mined before training; the folder may have moved.
+        initial = next((r for r in self._rounds if r.batch == 0), None)
         rounds = [Round(**r) for r in state]
         if initial is not None:
             if not rounds or rounds[0].batch != 0 or rounds[0].hash != initial.hash:

@@ -124,9 +124,8 @@ def check_parameters(controller: Controller) -> None:
     for trial in controller.trials:
         recorded = states.get(trial.number, {})
         then, settings = recorded.get("parameters", {}), recorded.get("settings")
-        settings = (
-            settings if isinstance(settings, dict) else controller.settings
-        )  # earlier versions did not record settings
+        # Earlier versions did not record settings.
+        settings = settings if isinstance(settings, dict) else controller.settings
         now = trial.values or {parameter.name: then.get(parameter.name) for parameter in controller.sweep.parameters}
         if then and (differences := changes(settings | then, controller.settings | now)):
             raise UserError(

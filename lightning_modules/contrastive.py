@@ -232,9 +232,8 @@ class ContrastiveModule(L.LightningModule):
         if (scaler := loss_scaler(self._trainer)) is not None:
             scaler.unscale_(optimizer)
         if gradient_clip_algorithm == "value":
-            foreach = (
-                False if self.encoder.sharded else None
-            )  # foreach refuses a mixture of sharded and other gradients
+            # foreach refuses a mixture of sharded and other gradients.
+            foreach = False if self.encoder.sharded else None
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val, foreach)
         else:
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)

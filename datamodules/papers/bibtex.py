@@ -191,9 +191,8 @@ def _decoder() -> Callable[[str], str]:
     decoded = latex2text.get_default_latex_context_db()
     plain = latex2text.LatexNodes2Text().latex_to_text
     letters = {f"text{name}": plain(rf"\{name}") for name in (*GREEK.split(), *GREEK.title().split())}
-    characters = CHARACTERS | {
-        name: letter for name, letter in letters.items() if letter
-    }  # some have no letter, such as \Alpha
+    # Some have no letter, such as \Alpha.
+    characters = CHARACTERS | {name: letter for name, letter in letters.items() if letter}
     macros = [latex2text.MacroTextSpec(name, text) for name, text in characters.items()]
     macros += [latex2text.MacroTextSpec(name, f"%({len(form)})s") for name, form in LAST_ARGUMENT.items()]
     decoded.add_context_category("exports", macros=macros, prepend=True)

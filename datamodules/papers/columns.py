@@ -238,9 +238,8 @@ def excel_rows(path: Path, bad: BadLines) -> Iterator[Row]:
                 header = values
             else:
                 count += 1
-                cells_by_name = itertools.zip_longest(
-                    header, map(_plain_cell, values)
-                )  # some programs leave out trailing cells
+                # Some programs leave out trailing cells.
+                cells_by_name = itertools.zip_longest(header, map(_plain_cell, values))
                 value = _by_column((str(name), cell) for name, cell in cells_by_name if name is not None)
                 yield Row(bad, path, number, str(value), count, value)
         if filled := [other.title for other in others if any(map(any, other.iter_rows(values_only=True)))]:

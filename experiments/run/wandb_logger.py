@@ -104,9 +104,8 @@ class WandbLogger(RunLogger):
 
         os.environ.setdefault("WANDB_SILENT", "true")
         if self.online:
-            atexit.register(
-                self._wait_for_sender
-            )  # registered before W&B's own exit function, so that it runs after it
+            # Registered before W&B's own exit function, so that it runs after it.
+            atexit.register(self._wait_for_sender)
         settings = wandb.Settings(x_transaction_log_flush_interval=5)
         arguments = self.arguments | {"dir": self.folder, "id": self._run_id(), "resume": "allow"}
         run = wandb.init(mode="offline", settings=settings, **arguments)

@@ -61,9 +61,8 @@ def sorted_run(
     scores: (Q, K).
     order: id_order(documents), computed here by default.
     """
-    by_id = np.append(
-        id_order(documents) if order is None else order, len(documents)
-    )  # index -1 refers to the last entry
+    # Index -1 refers to the last entry.
+    by_id = np.append(id_order(documents) if order is None else order, len(documents))
     indices, scores = indices.copy(), scores.copy()
     step = max(1, SORT_BLOCK // max(1, indices.shape[1]))
     for start in range(0, len(indices), step):
