@@ -7,6 +7,7 @@ from lightning_modules.distributed import signals
 if __name__ == "__main__":
     signals.catch()  # first, because the other imports take ten seconds
 
+import functools
 import logging
 import os
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 
 from datamodules.records import UserError
@@ -126,8 +128,9 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
     leave_if_asked()
     module = build_module(config, data)
     table = FinalTable(config, data.benchmarks(config.evaluation.split), folder)
-    write_config(folder, config)
     callbacks = build_callbacks(config, data, folder.path)
+    if not folder.checkpoint:
+        write_config(folder, config)
     if config.evaluation.baselines and table.benchmarks:
         callbacks.insert(0, BeforeFirstStep(table.baselines))
     loggers = build_loggers(config, folder.path)
@@ -139,15 +142,26 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         module.encoder.compile()
     _log_start(config, folder, precision, trainer.strategy.root_device)
     log.info("%s", describe_parameters(module))
-    record_start(
-        folder,
-        data,
-        num_parameters=sum(p.numel() for p in module.parameters()),
-        schedule=describe_schedule(config, data),
-        devices=trainer.world_size,
-        precision=precision,
-        start=start_of(config),
-    )
+
+    @functools.cache
+    def record() -> None:
+        write_config(folder, config)
+        record_start(
+            folder,
+            data,
+            num_parameters=sum(p.numel() for p in module.parameters()),
+            schedule=describe_schedule(config, data),
+            devices=trainer.world_size,
+            precision=precision,
+            start=start_of(config),
+        )
+
+    if folder.checkpoint:
+        # Only when the checkpoint has been accepted. If no steps are left to train, on_train_start is not called.
+        hooks = dict.fromkeys(("on_train_start", "on_fit_end"), lambda *_: record())
+        trainer.callbacks.append(LambdaCallback(**hooks))
+    else:
+        record()
     start = time.perf_counter()
     with connection_explained(), name_lost_ranks(trainer):
         with matrix_products_in(precision):

@@ -220,6 +220,19 @@ def test_a_run_without_a_newer_key_is_resumed_with_its_default(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_refused_resume_changes_nothing(tmp_path):
+    """The checkpoint is read only after everything else has been checked and built."""
+    train("vanilla", two_steps(tmp_path, *TINY))
+    longer = [*two_steps(tmp_path, *TINY), "trainer.max_steps=4"]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="the schedule differs from the checkpoint"):
+        train("vanilla", [*longer, "data.batch_size=5"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    train("vanilla", longer)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["trainer"]["max_steps"] == 4
+
+
+@pytest.mark.slow
 def test_starting_over_keeps_the_old_run(tmp_path):
     folder = tmp_path / "run"
     train("vanilla", two_steps(folder, *TINY))
