@@ -19,7 +19,7 @@ import numpy as np
 
 from datamodules.readers.io import read_lines
 from datamodules.readers.rows import BadLines, Row
-from datamodules.records import UserError, short
+from datamodules.records import UserError, counted, short
 
 if TYPE_CHECKING:
     from datamodules.tasks import TaskDataModule
@@ -192,9 +192,9 @@ def _pairs_of_file(task: TaskDataModule, path: Path) -> np.ndarray:
             "total); add them to the corpus, or remove their lines"
         )
     if num_held_out:
-        log.warning("%s: left out %d links of the dev or test split", path, num_held_out)
+        log.warning("%s: left out %s of the dev or test split", path, counted(num_held_out, "link"))
     if num_between:
-        log.warning("%s: left out %d links between papers of different collections", path, num_between)
+        log.warning("%s: left out %s between papers of different collections", path, counted(num_between, "link"))
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 

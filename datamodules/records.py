@@ -71,6 +71,11 @@ LONGEST_NAME = 120  # bytes; file names contain up to two names, and most file s
 NO_NAME = re.compile(r"^\.|[/\\]|^\s|\s$|^$|^(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)
 
 
+def counted(count: int, word: str) -> str:
+    """Return a number with its noun: 1 run, 1,200 runs."""
+    return f"{count:,} {word}{'' if count == 1 else 's'}"
+
+
 def check_name(what: str, name: object) -> None:
     """Raise UserError unless files can be named after this task, expert, collection, split, benchmark or system.
 

@@ -19,7 +19,7 @@ from torch import nn
 from datamodules.batches import MultiTaskDataModule
 from datamodules.loader import default_num_workers
 from datamodules.packed import ContrastiveBatch
-from datamodules.records import Document, MinedNegatives
+from datamodules.records import Document, MinedNegatives, counted
 from datamodules.tasks import TaskDataModule
 from experiments.build.data import batches_per_step, build_data, describe_schedule
 from experiments.build.mining import build_mining_callback
@@ -28,7 +28,7 @@ from experiments.build.module import build_module, describe_parameters, first_ba
 from experiments.build.trainer import build_balance, precision_of
 from experiments.config.experiment import ExperimentOptions, folder_of, load_config, parse_overrides
 from experiments.config.schema import Config
-from experiments.shared.console import counted, entry_point
+from experiments.shared.console import entry_point
 from experiments.shared.table_formats import Column, Table, print_table
 from lightning_modules.callbacks.hard_negatives import HardNegativeMining
 from lightning_modules.contrastive import ContrastiveModule

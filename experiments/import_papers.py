@@ -22,7 +22,7 @@ from datamodules.papers.views import VIEW_OF_KIND, VIEWS, EmptyView, ViewOptions
 from datamodules.readers.beir import BeirWriter
 from datamodules.readers.checks import SPLITS
 from datamodules.readers.rows import BadLines
-from datamodules.records import UserError, prefixed
+from datamodules.records import UserError, counted, prefixed
 from experiments.config.arguments import named_values, parse
 from experiments.shared.console import entry_point, relative_path
 from experiments.shared.output import whole_folder
@@ -144,15 +144,16 @@ def _report(output: Path, summary: Mapping, counts: Mapping[str, Counts]) -> Non
     """Print what was created, what was left out and why, and the next command."""
     numbers = [Column(f"{split} queries", ",d", folds=True) for split in SPLITS]
     columns = [Column("task"), Column("corpus", "", folds=True), *numbers, Column("pairs", ",d", folds=True)]
-    title = f"{summary['papers']:,} papers from {summary['records']:,} records, in {relative_path(output)}"
+    papers = counted(summary["papers"], "paper")
+    title = f"{papers} from {counted(summary['records'], 'record')}, in {relative_path(output)}"
     table = Table([*columns, Column("left out", folds=True)], title)
-    table.add("(all)", f"{summary['papers']:,} papers", *[None] * 4, with_counts(summary["left_out"]))
+    table.add("(all)", papers, *[None] * 4, with_counts(summary["left_out"]))
     for kind, count in counts.items():
         if count.problem:
             table.add(kind, *[None] * 5, f"not created: {count.problem}")
             continue
         queries = (count.queries.get(split, 0) for split in SPLITS)
-        corpus, pairs = f"{count.documents:,} {count.kind}", sum(count.pairs.values())
+        corpus, pairs = counted(count.documents, count.kind), sum(count.pairs.values())
         table.add(kind, corpus, *queries, pairs, with_counts(count.left_out))
     print_table(table)
     if created := [kind for kind, count in counts.items() if not count.problem]:

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, counted
 from experiments.config.arguments import parse
 from experiments.config.experiment import as_dict, load_config
 from experiments.reporting.run_files import RunFiles
 from experiments.run.folder import flat
-from experiments.shared.console import counted, entry_point
+from experiments.shared.console import entry_point
 from experiments.shared.table_formats import (
     PIPE_WIDTH,
     Column,

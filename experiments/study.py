@@ -11,14 +11,14 @@ from typing import Any
 
 from datamodules.files import read_json, write_json, write_text
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, counted
 from experiments.__main__ import command_names
 from experiments.config.arguments import parse
 from experiments.config.structured import unknown
 from experiments.config.study_file import Job, Study, read_study, studies
 from experiments.results.study_page import collect, page, plot_of, records, tables
 from experiments.run.jobs import JobRunner, is_complete
-from experiments.shared.console import counted, entry_point, relative_path
+from experiments.shared.console import entry_point, relative_path
 from experiments.shared.output import writable_folder
 from experiments.shared.table_formats import (
     Column,

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from datamodules.options import option
-from datamodules.records import UserError
+from datamodules.records import UserError, counted
 from experiments.config.arguments import parse
 from experiments.run.lock import is_in_use
 from experiments.run.wandb_environment import check_environment
 from experiments.run.wandb_sender import PATIENCE, environment, is_sent
-from experiments.shared.console import counted, entry_point
+from experiments.shared.console import entry_point
 
 log = logging.getLogger(__name__)
 

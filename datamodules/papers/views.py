@@ -67,7 +67,7 @@ class View(ABC):
     Raises EmptyView if there is no query for training.
     """
 
-    kind = "papers"
+    kind = "paper"
     documents_sql = "SELECT id, title, abstract FROM papers ORDER BY number"
     queries_sql = "SELECT id, title, abstract FROM papers WHERE number IN (SELECT query FROM {judged}) ORDER BY number"
     nothing = "no query for training"
@@ -111,7 +111,7 @@ class View(ABC):
 class Labels(View):
     """Queries are papers, and the corpus has their labels."""
 
-    kind = "labels"
+    kind = "label"
     nothing = "no label for training"
     documents_sql = "SELECT label, name, definition FROM kept ORDER BY label"
 
@@ -197,7 +197,7 @@ class Searches(View):
 
     def __init__(self, library: Library, options: ViewOptions, bad: BadLines):
         if options.search == "title":
-            self.kind = "abstracts"
+            self.kind = "abstract"
             self.documents_sql = "SELECT id, '', abstract FROM papers WHERE abstract <> '' ORDER BY number"
         super().__init__(library, options, bad)
 

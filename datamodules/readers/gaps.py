@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.readers.checks import first_ids
-from datamodules.records import Document, UserError
+from datamodules.records import Document, UserError, counted
 from datamodules.text import LONG_TEXT, TEXT_KEYS, unread_key
 
 log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Gaps:
         for key, count in gaps.unread.items():
             log.warning(
                 "%s: %s without a text have %s, which is not read; the text of a paper is expected as %s",
-                *(path, _documents(count), key, expected),
+                *(path, counted(count, "document"), key, expected),
             )
         if gaps.long and not gaps.with_text:
             key, count = gaps.long.most_common(1)[0]
@@ -98,18 +98,15 @@ class Gaps:
         if gaps.blank:
             log.warning(
                 "%s: %s without title and text; an evaluation never finds them, and training leaves them out",
-                *(path, _documents(gaps.blank)),
+                *(path, counted(gaps.blank, "document")),
             )
         if gaps.missing:
             log.warning(
-                "%s: %d of %d judgements are for documents that are not in the corpus (%d documents, first %r); an "
+                "%s: %d of %d judgements are for documents that are not in the corpus (%s, first %r); an "
                 "evaluation counts them as not found, and training leaves them out",
-                *(path, gaps.missing.total(), gaps.judgements, len(gaps.missing), next(iter(gaps.missing))),
+                *(path, gaps.missing.total(), gaps.judgements, counted(len(gaps.missing), "document")),
+                next(iter(gaps.missing)),
             )
-
-
-def _documents(count: int) -> str:
-    return "1 document" if count == 1 else f"{count} documents"
 
 
 def _is_long(value: Any) -> bool:

@@ -21,7 +21,7 @@ from datamodules.readers.json_files import as_object
 from datamodules.readers.rows import BadLines, Record
 from datamodules.readers.scirepeval import ID_KEYS, evaluation_files
 from datamodules.readers.tables import files_by_split, read_tables
-from datamodules.records import Collection, Document, UserError, short
+from datamodules.records import Collection, Document, UserError, counted, short
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,9 @@ class SciRepEvalExamplesReader(FolderReader):
                 name = id if count[id] == 1 else f"{id}#{count[id]}"
                 examples.append((Document(name, texts[id].title, texts[id].text), label))
         if num_without_text:
-            log.warning("%s: left out %d papers without a text in %s", paths[0], num_without_text, self.folder)
+            log.warning(
+                "%s: left out %s without a text in %s", paths[0], counted(num_without_text, "paper"), self.folder
+            )
         return examples
 
     def _read_label(self, record: Record) -> Label:

@@ -15,7 +15,7 @@ from datamodules.readers.rows import BadLines, Row
 from datamodules.records import UserError
 
 FILE_NAME = re.compile(
-    rf"(?P<split>{'|'.join(SPLIT_NAMES)})(-(?P<part>[0-9]+)-of-(?P<parts>[0-9]+))?\.(json|jsonl|parquet)(\.gz|\.zst)?"
+    rf"(?P<split>{'|'.join(SPLIT_NAMES)})(-(?P<part>[0-9]+)-of-(?P<parts>[0-9]+))?\.(parquet|jsonl?(\.gz|\.zst)?)"
 )
 
 

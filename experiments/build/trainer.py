@@ -17,14 +17,13 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from datamodules.batches import MultiTaskDataModule
 from datamodules.cores import available_cores
-from datamodules.records import UserError
+from datamodules.records import UserError, counted
 from experiments.build.data import batches_per_step
 from experiments.build.mining import build_mining_callback
 from experiments.build.models import device_of
 from experiments.config.experiment import BEST, EXPERTS, LAST
 from experiments.config.schema import Config
 from experiments.config.targets import instantiate
-from experiments.shared.console import counted
 from lightning_modules.callbacks.checkpoint import LastCheckpoint, SafeCheckpointIO
 from lightning_modules.callbacks.diagnostics import Diagnostics
 from lightning_modules.callbacks.evaluation import Evaluation

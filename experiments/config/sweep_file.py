@@ -248,7 +248,7 @@ def _check_types(content: Mapping[str, Any]) -> None:
             raise UserError(f"{key}: expected keys with values, got {content[key]!r}")
     if not isinstance(content["command"], list) or ARGUMENTS not in content["command"][1:]:
         raise UserError(
-            f'command: expected a list: a program, and words with "{ARGUMENTS}", which stands for the parameters'
+            f'command: expected a list of a program and its arguments, one of them "{ARGUMENTS}" (the parameters)'
         )
     for key, value in {"run_cap": content.get("run_cap"), **content.get("early_terminate", {})}.items():
         if isinstance(value, int) and abs(value) > 1 << 62:

@@ -129,11 +129,6 @@ def table_console() -> PlainConsole:
     return console if console.is_terminal else PlainConsole(width=UNCUT)
 
 
-def counted(count: int, word: str) -> str:
-    """Return a number with its noun: 1 run, 1,200 runs."""
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
-
-
 def relative_path(path: Path | str) -> Path:
     """Return a path relative to the working directory if it is inside it, else unchanged."""
     path = Path(path)

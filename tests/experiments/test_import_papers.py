@@ -44,7 +44,7 @@ def expected_tasks(world: World, truths: list[Truth]) -> dict[str, dict]:
     pairs = [t.number for t in kept for label in world.labels(t) if label in frequent]
     classification = {
         "documents": len(frequent),
-        "kind": "labels",
+        "kind": "label",
         "queries": by_split(world, sorted(set(pairs))),
         "pairs": by_split(world, pairs),
         "left_out": {"labels of fewer than 5 papers": len(sizes) - len(frequent)},
@@ -54,7 +54,7 @@ def expected_tasks(world: World, truths: list[Truth]) -> dict[str, dict]:
     dropped = len(truths[WITHOUT_TEXT].references)
     links = {
         "documents": len(kept),
-        "kind": "papers",
+        "kind": "paper",
         "queries": by_split(world, sorted(set(citing))),
         "pairs": by_split(world, citing),
         "left_out": {
@@ -66,7 +66,7 @@ def expected_tasks(world: World, truths: list[Truth]) -> dict[str, dict]:
     found = [t.number for t in kept if t.title and t.abstract]
     search = {
         "documents": sum(bool(t.abstract) for t in kept),
-        "kind": "abstracts",
+        "kind": "abstract",
         "queries": by_split(world, found),
         "pairs": by_split(world, found),
         "left_out": {"papers without title or abstract, as queries": len(kept) - len(found)},

@@ -422,7 +422,7 @@ def test_scimult_links_to_unknown_papers_are_kept_for_the_evaluation(tmp_path, c
     arguments = (str(tmp_path), "link_prediction_retrieval", "SciDocs")
     collection = SciMultReader(*arguments).read()
     assert collection.qrels["test"]["p0"] == {"p1": 1, "p99": 1}
-    assert f"{path}: 1 of 9 judgements are for documents that are not in the corpus (1 documents, first 'p99')" in (
+    assert f"{path}: 1 of 9 judgements are for documents that are not in the corpus (1 document, first 'p99')" in (
         caplog.text
     )
 
