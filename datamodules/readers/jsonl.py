@@ -20,8 +20,10 @@ class JsonlReader(FolderReader, SinkReader):
     """Reader of a folder with a corpus, and one file per split with queries and their documents.
 
         folder/corpus.jsonl  {"id" or "_id": ..., "title": ..., "text": ...} per line; title or text may be missing
-        folder/train.jsonl   {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line; negatives are
-        optional folder/dev.jsonl     the same folder/test.jsonl    the same; at least one of the three files must exist
+        folder/train.jsonl   {"query": ..., "positives": [id, ...], "negatives": [id, ...]} per line, without negatives
+                             if there are none
+        folder/dev.jsonl     the same
+        folder/test.jsonl    the same; at least one of the three files must exist
 
     "abstract" is read if "text" is missing or blank. The dev split may also be named validation, valid or val.
 

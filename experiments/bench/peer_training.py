@@ -97,7 +97,9 @@ def _train(model: Any, config: Config, data: MultiTaskDataModule, guide: str | N
     if guide is None:
         loss = losses().MultipleNegativesRankingLoss(model, scale=1 / temperature)
     else:
-        loss = losses().GISTEmbedLoss(model, SentenceTransformer(guide), temperature=temperature)
+        loss = losses().GISTEmbedLoss(
+            model, SentenceTransformer(guide, device=str(model.device)), temperature=temperature
+        )
     settings = SentenceTransformerTrainingArguments(
         output_dir=folder,
         max_steps=config.trainer.max_steps,

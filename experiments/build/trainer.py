@@ -173,7 +173,7 @@ def build_trainer(
         default_root_dir=folder,
         max_steps=settings.max_steps,
         max_epochs=-1,
-        accelerator=settings.accelerator,
+        accelerator="gpu" if device_of(config).type == "cuda" else "cpu",  # auto would be Apple's GPU on a Mac
         devices=settings.devices,
         num_nodes=settings.num_nodes,
         strategy=_strategy(config, encoder),

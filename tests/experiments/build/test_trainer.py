@@ -1,11 +1,14 @@
-"""The trainer: the number of ranks."""
+"""The trainer: its device and the number of ranks."""
 
 import os
+import platform
 
 import pytest
+import torch
+from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 
 from datamodules.records import UserError
-from experiments.build.trainer import check_ranks
+from experiments.build.trainer import build_trainer, check_ranks
 from experiments.config.experiment import load_config
 from tests.lightning_modules.distributed.test_signals import LAUNCH
 
@@ -39,3 +42,12 @@ def test_ranks_must_be_as_many_as_the_configuration_needs(environment, overrides
         return
     with pytest.raises(UserError, match=message):
         check_ranks(config)
+
+
+def test_the_gpu_of_a_mac_is_not_used(make_encoder, monkeypatch, tmp_path):
+    """Lightning would choose it, but everything else is on the CPU there, and diagnostics need float64."""
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(platform, "processor", lambda: "arm")
+    assert MPSAccelerator.is_available()
+    trainer = build_trainer(load_config("moe", ["scale=sample"]), make_encoder(), [], [], tmp_path, "fp32")
+    assert isinstance(trainer.accelerator, CPUAccelerator)
