@@ -9,7 +9,7 @@
     evaluate: eval model={model} beir={data} task=search output={output}
 
 A command is what you would type after `scimult`. It never reaches a shell. {NAME} is replaced by a value or, in
-commands, by the model of another arm with the same seed.
+commands, by the model of another arm with the same seed. {here} is the folder of the study's file.
 """
 
 from __future__ import annotations
@@ -25,8 +25,10 @@ from datamodules.records import UserError, explained, prefixed
 from experiments.config.experiment import FOLDER, yaml_names
 from experiments.config.structured import read_yaml, structured, unknown
 from experiments.config.sweep_file import as_override
+from experiments.shared.console import relative_path
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+RESERVED = {"folder", "seed", "model", "output", "here"}  # placeholders with a meaning of their own
 PLACEHOLDER = re.compile(r"\{([A-Za-z0-9_-]+)\}")
 
 
@@ -123,7 +125,7 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
     if as_override("output", str(folder)) != f"output={folder}" or "," in str(folder):
         raise UserError(f"output: commands would read {str(folder)!r} as another path; expected one without , # and :")
     with prefixed(f"{path}: "):
-        study = Study(path.stem, settings, _values(settings), folder)
+        study = Study(path.stem, settings, _values(settings, relative_path(path.parent)), folder)
         settings.title = " ".join(_inserted(settings.title, study.values, "title"))
         _check(study)
         jobs = list(_jobs(study))
@@ -148,9 +150,9 @@ def _replace_values(settings: StudySettings, texts: Sequence[str]) -> None:
     settings.values.update(replaced)
 
 
-def _values(settings: StudySettings) -> dict[str, list[str]]:
-    """Return the words of each value. A value may use earlier values."""
-    values: dict[str, list[str]] = {}
+def _values(settings: StudySettings, here: Path) -> dict[str, list[str]]:
+    """Return the words of each value. A value may use earlier values, and here, the folder of the study's file."""
+    values: dict[str, list[str]] = {"here": [str(here)]}
     for name, value in settings.values.items():
         words = _split(f"values.{name}", value)
         values[name] = [each for word in words for each in _inserted(word, values, f"values.{name}")]
@@ -180,8 +182,9 @@ def _check(study: Study) -> None:
             raise UserError(f"arms.{name}: expected model or commands, {'got both' if arm.model else 'got neither'}")
         if len(set(arm.seeds or settings.seeds)) < max(len(arm.seeds or settings.seeds), 1):
             raise UserError(f"arms.{name}: expected different seeds, at least one, got {arm.seeds or settings.seeds}")
-    if taken := {"folder", "seed", "model", "output", *study.arms} & set(settings.values):
-        raise UserError(f"values.{min(taken)}: this name is reserved in commands; choose another")
+    for key, names, reserved in (("arms", study.arms, RESERVED), ("values", settings.values, {*RESERVED, *study.arms})):
+        if taken := reserved & set(names):
+            raise UserError(f"{key}.{min(taken)}: this name is reserved in commands; choose another")
     pairs = [("start", [settings.start])] if settings.start else []
     for key, pair in pairs + [("compare", pair) for pair in settings.compare]:
         for arm in pair[:2]:

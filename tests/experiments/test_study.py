@@ -141,6 +141,8 @@ def test_commands_of_each_job(make_study):
         ("start: start", "start: none", "start: unknown arm 'none'"),
         ("[one, start]", "[one]", "compare: expected pairs of arms"),
         ('steps: "3"', 'seed: "3", steps: "3"', "values.seed: this name is reserved"),
+        ('steps: "3"', 'start: "3", steps: "3"', "values.start: this name is reserved"),
+        ("  start:", "  here: {model: bm25}\n  start:", "arms.here: this name is reserved"),
         ("'b=two words'", "'b=two words", "cannot be split into words"),
         ("merge model={one}", "merge model={both}", "arms.both: unknown placeholder 'both'"),
         ("  start:", "  one-seed1: {model: bm25}\n  start:", "arms.one: one-seed1 also has a job called one-seed1"),
@@ -284,7 +286,7 @@ def test_an_output_that_commands_would_read_as_another_path_raises_user_error(na
 def test_a_replaced_value_may_have_commas(make_study):
     options = parse(StudyOptions, ["values=train=[search,links],seven,steps=7"])
     study = make_study(values=options.values)
-    assert study.values == {"train": ["[search,links],seven"], "steps": ["7"]}
+    assert study.settings.values == {"train": "[search,links],seven", "steps": "7"}
 
 
 def test_a_value_given_twice_raises_user_error(make_study):
@@ -441,8 +443,9 @@ def test_arms_measured_on_other_data_are_refused(make_study):
 
 
 @pytest.mark.parametrize("name", studies())
-def test_commands_of_every_study_can_be_read(name, tmp_path):
-    """With folders in place of the collections that it needs."""
+def test_commands_of_every_study_can_be_read(name, tmp_path, monkeypatch):
+    """In any folder, with folders in place of the collections that it needs."""
+    monkeypatch.chdir(tmp_path)
     values = [f"data={tmp_path}"] if "data" in read_study(name).values else []
     for collection in yaml.safe_load((SUITES / "papers.yaml").read_text())["benchmarks"] if values else ():
         write_beir(toy_collection(), tmp_path / collection)
@@ -459,7 +462,9 @@ def test_commands_of_every_study_can_be_read(name, tmp_path):
         elif command == "mine":
             parse_experiment(MineOptions, arguments)
         else:
-            parse({"eval": EvaluateOptions, "merge": MergeOptions}[command], arguments)
+            options = parse({"eval": EvaluateOptions, "merge": MergeOptions}[command], arguments)
+            if command == "eval":
+                options.check_suite()
 
 
 @pytest.mark.slow
