@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import time
 from collections.abc import Iterator, Sequence
@@ -105,9 +106,12 @@ class EmbeddingJob:
         log.info("this process embeds %d of %d shards of %s", len(numbers), num_shards, self.source)
         num_texts = sum(min(options.shard_size, num_lines - number * options.shard_size) for number in numbers)
         self._embed_shards(encoder, shards, numbers, num_texts)
-        if missing := shards.missing(num_shards):
+        if missing := shards.missing(num_shards) or self._outdated(shards, set(range(num_shards)) - set(numbers)):
             remaining = len(missing), num_shards, missing[0]
-            log.info("%d of %d shards are still missing (first: shard %d); other parts will embed them", *remaining)
+            log.info(
+                "%d of %d shards are still missing or outdated (first: shard %d); other parts will embed them",
+                *remaining,
+            )
             return
         source = {"input": str(self.source.absolute()), "name": options.model}
         for task in tasks:
@@ -179,6 +183,12 @@ class EmbeddingJob:
                 progress.total -= len(documents)
             else:
                 yield number, documents
+
+    def _outdated(self, shards: ShardFolder, others: set[int]) -> list[int]:
+        """Return the shards of other processes that are damaged, or were made before the input changed."""
+        bad_lines = BadLines(self.options.on_error, os.devnull)  # the other processes report them
+        texts = read_shards(self.files, self.options.shard_size, others, bad_lines) if others else ()
+        return [number for number, documents in texts if not shards.has(number, documents)]
 
     def _speed(self, encoder: Encoder, seconds: float) -> str:
         """Describe the mean speed of this process, including reading and writing."""

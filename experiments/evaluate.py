@@ -168,6 +168,7 @@ def _evaluate_all(
     """Evaluate all systems on all benchmarks. Results are written immediately, so an interruption loses nothing."""
     path = folder / "results.json"
     tables = read_results(path).benchmarks if options.add and path.is_file() else {}
+    _refuse_other_models(folder, tables, systems)
     for benchmark in benchmarks:
         if not options.add:
             _refuse_other_data(folder, benchmark)
@@ -273,6 +274,22 @@ def _refuse_other_evaluation(folder: Path, options: EvaluateOptions) -> None:
             f"output: {folder} has the results of another evaluation ({'; '.join(differences)}); choose another "
             "output, or move the folder (add=yes adds systems and benchmarks to it)"
         )
+
+
+def _refuse_other_models(folder: Path, tables: Benchmarks, systems: Sequence[System]) -> None:
+    """Raise UserError if a table has results of another model with the name of a system, because the results of two
+    models would share a row.
+
+    tables: results in the folder.
+    """
+    for system in systems:
+        for name, table in tables.items():
+            then = table.systems[system.name].fingerprint if system.name in table.systems else None
+            if then and system.vectors and then != (now := system.vectors.fingerprint):
+                raise UserError(
+                    f"output: {folder} has results of another model called {system.name} on {name} (fingerprint {then} "
+                    f"there, {now} now); choose another output, or evaluate both models in one command (model=A,B)"
+                )
 
 
 def _refuse_other_data(folder: Path, benchmark: Benchmark) -> None:

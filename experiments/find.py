@@ -93,10 +93,10 @@ def _search_index(options: FindOptions, queries: list[Document]) -> SearchResult
     metadata = read_metadata(options.index, {"m": int, "nprobe": int, "embeddings": str})
     index = read_index(options.index)
     ids = read_ids(options.index, index.ntotal)
-    matrix = _matrix_of(metadata) if metadata["m"] else None
+    matrix = _matrix_of(metadata)
     vectors, _ = _encode(options, queries, metadata)
     nprobe = options.nprobe or metadata["nprobe"]
-    rows, scores = search_index(index, vectors, options.k, nprobe, matrix and matrix.vectors)
+    rows, scores = search_index(index, vectors, options.k, nprobe, matrix.vectors if matrix and metadata["m"] else None)
     return SearchResult(rows, scores, ids, metadata)
 
 
@@ -117,12 +117,17 @@ def _encode(options: FindOptions, queries: list[Document], metadata: dict[str, A
 
 
 def _matrix_of(metadata: dict[str, Any]) -> Matrix | None:
-    """Return the unquantized vectors of an index, for exact scores, or None if they cannot be read."""
+    """Return the vectors that an index was built from, or None if they cannot be read or have changed."""
     try:
-        return open_matrix(Path(metadata["embeddings"]))
+        matrix = open_matrix(Path(metadata["embeddings"]))
     except UserError as error:
-        log.warning("scores are approximate, because the vectors of the index cannot be read: %s", error)
+        if metadata["m"]:
+            log.warning("scores are approximate, because the vectors of the index cannot be read: %s", error)
         return None
+    if matrix.metadata.get("shards") == metadata.get("shards"):
+        return matrix
+    log.warning("%s: has changed since the index was built; run make index again to search its vectors", matrix.path)
+    return None
 
 
 def _read_queries(source: Path) -> list[Document]:

@@ -53,6 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     nprobe = _choose_nprobe(recalls, shape, options.recall)
     metadata = {key: matrix.metadata[key] for key in INHERITED} | vars(shape)
     metadata |= {"nprobe": nprobe, "recall": recalls, "embeddings": str(matrix.path.absolute())}
+    metadata["shards"] = matrix.metadata.get("shards")  # hashes, by which a search notices that the vectors changed
     with explained(f"output: {output} cannot be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         delete_metadata(output)  # may be left from an earlier index

@@ -125,6 +125,19 @@ def test_any_parts_in_any_order_give_the_bits_of_one_process(embed, monkeypatch)
         assert path.with_name(f"{path.name}.ids.txt").read_text() == "".join(f"{p['id']}\n" for p in PAPERS)
 
 
+def test_a_part_does_not_merge_shards_of_texts_that_have_changed(embed, papers, caplog):
+    """After a change of the input, the first part merged its new vectors with old vectors of the other part."""
+    output = embed("out")
+    before = (output / "search.npy").read_bytes()
+    papers.write_text(papers.read_text().replace('"p1"', '"first"').replace('"p6"', '"sixth"'))
+    with caplog.at_level("INFO"):
+        embed("out", "part=1/2")
+    assert "1 of 5 shards are still missing or outdated (first: shard 1)" in caplog.text
+    assert (output / "search.npy").read_bytes() == before
+    embed("out", "part=2/2")
+    assert [open_matrix(output).ids[i] for i in (1, 6)] == ["first", "sixth"]
+
+
 def test_speed_is_logged(embed, model, caplog):
     """The tokens are those of the tokenizer, and both speeds are per the same seconds."""
     with caplog.at_level("INFO"):

@@ -206,6 +206,21 @@ def test_results_of_another_evaluation_are_never_overwritten(twins):
     main([*common, f"beir={one}"])
 
 
+def test_two_models_never_share_a_row_of_a_table(twins, make_encoder):
+    """With add=yes, results of a new checkpoint replaced those of the old one, or were averaged with them."""
+    common = [f"model={twins / 'model'}", "task=search", f"output={twins / 'out'}"]
+    (twins / "two" / "search").rename(twins / "two" / "other")
+    make_encoder("attention").save_pretrained(twins / "model")
+    main([*common, f"beir={twins / 'one/search'}"])
+    main([*common, f"beir={twins / 'two/other'}", "add=yes"])
+    before = (twins / "out" / "results.json").read_text()
+    make_encoder("attention", seed=1).save_pretrained(twins / "model")
+    for folder in ("one/search", "two/other"):
+        with pytest.raises(UserError, match="out has results of another model called encoder on search"):
+            main([*common, f"beir={twins / folder}", "add=yes"])
+    assert (twins / "out" / "results.json").read_text() == before
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

@@ -148,6 +148,28 @@ def test_another_model_or_damaged_files_raise(corpus, make_encoder):
             find([f"{key}={file}", "query=a"])
 
 
+@pytest.mark.parametrize("kind", ["flat", "pq"])
+def test_scores_of_an_index_never_come_from_other_vectors(corpus, kind, caplog):
+    """A pq index took exact scores from the matrix, even if the papers had been embedded again after a change."""
+
+    def ranking():
+        caplog.clear()
+        find([f"index={corpus / 'papers.faiss'}", "query=a", f"output={corpus / 'run.trec'}"])
+        return (corpus / "run.trec").read_text()
+
+    index([f"embeddings={corpus / 'vectors'}", f"output={corpus / 'papers.faiss'}", f"kind={kind}"])
+    ranking()
+    assert not caplog.messages
+    (corpus / "vectors").rename(corpus / "moved")
+    without_vectors = ranking()
+    papers = (corpus / "papers.jsonl").read_text().splitlines(keepends=True)
+    (corpus / "papers.jsonl").write_text("".join(reversed(papers)))
+    arguments = [f"model={corpus / 'model'}", "task=search", f"input={corpus / 'papers.jsonl'}"]
+    embed([*arguments, f"output={corpus / 'vectors'}"])
+    assert ranking() == without_vectors
+    assert "search.npy: has changed since the index was built" in caplog.text
+
+
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("kind", ["flat", "ivf"])
 def test_recall_of_a_tiny_corpus_is_one(count, kind):
