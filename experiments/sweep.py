@@ -62,6 +62,8 @@ def main(arguments: Sequence[str]) -> None:
         register(sweep, config)
         return
     folder = options.output.absolute() if options.output else sweep.folder
+    if "${" in str(folder):
+        raise UserError(f"output: trials would read {str(folder)!r} as another path; expected one without ${{")
     controller = Controller(sweep, folder, options.parallel, options.retry_failed)
     check_trials(sweep)
     if options.trial is None:

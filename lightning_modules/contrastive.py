@@ -40,7 +40,7 @@ VECTORS = "teacher-vectors"  # folder inside the cache of converted collections
 
 
 class CheckpointMismatch(UserError):
-    """Raised if the weights of a checkpoint do not fit the module that should resume from it."""
+    """Raised if a checkpoint does not fit the module that should resume from it."""
 
 
 class ContrastiveModule(L.LightningModule):
@@ -239,12 +239,20 @@ class ContrastiveModule(L.LightningModule):
             nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise CheckpointMismatch if the weights of a checkpoint do not fit this module."""
+        """Raise CheckpointMismatch if the weights of a checkpoint or its frozen models do not fit this module."""
+        then, now = checkpoint.get("frozen_models", {}), self.objective.fingerprints()  # earlier versions wrote none
+        for role in then.keys() & now.keys():
+            if then[role] != now[role]:
+                raise CheckpointMismatch(
+                    f"objective.{role}.model has changed since the training began (fingerprint {then[role]} then, "
+                    f"{now[role]} now)"
+                )
         if self.encoder.sharded:  # its strategy checks the weights
             return
         if problems := weight_problems(checkpoint["state_dict"], self.state_dict()):
             raise CheckpointMismatch(f"the checkpoint does not fit the encoder: {problems}")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the description from which load_encoder rebuilds the encoder."""
+        """Add the description from which load_encoder rebuilds the encoder, and hashes of the frozen models."""
         checkpoint["encoder"] = describe(self.encoder)
+        checkpoint["frozen_models"] = self.objective.fingerprints()

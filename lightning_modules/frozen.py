@@ -11,6 +11,7 @@ Shapes
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from datamodules.records import UserError
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.pipeline import encode_on_device
 from lightning_modules.losses import comparable
+from lightning_modules.retrieval.vector_cache import fingerprint
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,10 @@ class FrozenEncoder:
 
     def __deepcopy__(self, memo: dict) -> FrozenEncoder:
         return self  # so that averaging the module's weights does not copy the model
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return fingerprint(self.encoder)
 
     @property
     def dimension(self) -> int:

@@ -88,6 +88,11 @@ class Objective(nn.Module):
             self.projection = _projection(dimension, self.vector_teacher.dimension, options.vector_teacher.asymmetric)
         self.temperature = Temperature(options, tasks)
 
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of each frozen model by its role."""
+        models = {"guide": self.guide, "teacher": self.teacher, "vector_teacher": self.vector_teacher}
+        return {role: model.fingerprint for role, model in models.items() if model is not None}
+
     def forward(
         self, vectors: Tensor, batch: ContrastiveBatch, supervision: Supervision | None = None
     ) -> dict[str, Tensor]:

@@ -122,8 +122,10 @@ def read_study(name: str, folder: Path | None = None, values: Sequence[str] = ()
     settings = structured(StudySettings, [read_yaml(path)], str(path))
     _replace_values(settings, values)
     folder = (folder or Path("runs", f"study-{path.stem}")).absolute()
-    if as_override("output", str(folder)) != f"output={folder}" or "," in str(folder):
-        raise UserError(f"output: commands would read {str(folder)!r} as another path; expected one without , # and :")
+    if as_override("output", str(folder)) != f"output={folder}" or "," in str(folder) or "${" in str(folder):
+        raise UserError(
+            f"output: commands would read {str(folder)!r} as another path; expected one without , # : and ${{"
+        )
     with prefixed(f"{path}: "):
         study = Study(path.stem, settings, _values(settings, relative_path(path.parent)), folder)
         settings.title = " ".join(_inserted(settings.title, study.values, "title"))

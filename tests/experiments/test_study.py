@@ -29,6 +29,7 @@ from experiments.results.study_page import collect, page, plot_of, records
 from experiments.run import jobs as jobs_module
 from experiments.run.jobs import JobRunner, is_complete, seconds_of
 from experiments.study import StudyOptions, _chosen, main
+from experiments.sweep import main as sweep
 from lightning_modules.distributed.signals import Preempted
 from tests.conftest import toy_collection
 
@@ -277,10 +278,13 @@ def test_chosen_arms_and_seeds_bring_those_they_need(make_study):
         _chosen(study, StudyOptions(arms=("none",)))
 
 
-@pytest.mark.parametrize("name", ["a #1", "a: b", "a,b"])
+@pytest.mark.parametrize("name", ["a #1", "a: b", "a,b", "${oc.env:HOME}"])
 def test_an_output_that_commands_would_read_as_another_path_raises_user_error(name):
-    with pytest.raises(UserError, match=f"output: commands would read .*{name}.* as another path"):
+    with pytest.raises(UserError, match=f"output: commands would read .*{re.escape(name)}.* as another path"):
         read_study("sample", Path(name))
+    if "$" in name:  # a sweep quotes the others
+        with pytest.raises(UserError, match=f"output: trials would read .*{re.escape(name)}.* as another path"):
+            sweep(["moe", "sweep=lr", f"output={name}"])
 
 
 def test_a_replaced_value_may_have_commas(make_study):

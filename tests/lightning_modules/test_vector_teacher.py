@@ -6,10 +6,10 @@ from torch.nn.functional import cosine_similarity, normalize
 
 from datamodules.records import UserError
 from datamodules.tasks import LinkPredictionDataModule, SearchDataModule
-from lightning_modules.contrastive import ContrastiveModule
+from lightning_modules.contrastive import CheckpointMismatch, ContrastiveModule
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.frozen import FrozenEncoder
-from lightning_modules.objective_options import VectorTeacherOptions
+from lightning_modules.objective_options import GuideOptions, TeacherOptions, VectorTeacherOptions
 from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.evaluation import evaluate
 from lightning_modules.retrieval.vector_cache import VectorCache
@@ -140,6 +140,28 @@ def test_start_keeps_the_encoder_near_its_start(make_encoder, make_task, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("role", ["guide", "teacher", "vector_teacher", "start"])
+def test_a_training_resumes_with_the_frozen_models_of_its_start(make_encoder, make_task, tmp_path, role):
+    """A file that was replaced changed the objective of the rest of the training."""
+
+    def train(seed, steps, resume=None):
+        if role == "start":
+            options = {"vector_teacher": VectorTeacherOptions("start")}
+        else:
+            kind = {"guide": GuideOptions, "teacher": TeacherOptions, "vector_teacher": VectorTeacherOptions}[role]
+            options = {role: kind("model"), f"{role}_model": FrozenEncoder(make_encoder(seed=seed))}
+        encoder = make_encoder(seed=seed if role == "start" else 0)
+        module = ContrastiveModule(encoder, similarity="cosine", total_steps=2, **options)
+        trainer = quiet_trainer(tmp_path, max_steps=steps)
+        trainer.fit(module, make_task(SearchDataModule, carry_texts=True), ckpt_path=resume)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+
+    train(seed=5, steps=1)
+    with pytest.raises(CheckpointMismatch, match=r"objective.\w+.model has changed since the training began"):
+        train(seed=6, steps=2, resume=tmp_path / "last.ckpt")
+    train(seed=5, steps=2, resume=tmp_path / "last.ckpt")
+
+
 def test_asymmetric_student_learns_the_teachers_space(make_encoder, make_task, tmp_path):
     """Its queries come near the teacher's, and rank the teacher's documents better than before."""
     collection, teacher = toy_collection(), make_encoder("shared", seed=5)
