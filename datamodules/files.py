@@ -40,13 +40,24 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary binary file, and move it to path once it is completely on disk. On an error, delete it."""
     partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}")
     try:
-        with open_new(partial) as file:
+        with _named(path), open_new(partial) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Add a path to a system error that names no file, as after a write to a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 
@@ -77,7 +88,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     _remove_leftovers(path)
     partial, lock = _locked_folder(path)
     try:
-        yield partial
+        with _named(path):
+            yield partial
         partial.chmod(0o755)
         if path.is_dir() and any(path.iterdir()):
             path.replace(old := partial.with_name(f"{partial.name}.old"))

@@ -1,6 +1,7 @@
 """Files and folders are replaced whole, or stay unchanged."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import tempfile
@@ -47,6 +48,14 @@ def test_planted_links_and_pipes_are_deleted_not_written_to(tmp_path, kind, keep
     with open_new(planted, keep=keep) as file:
         file.write(b" too")
     assert planted.read_text() == ("ours too" if keep else " too")
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_folder])
+def test_a_full_disk_is_reported_with_the_path(tmp_path, atomic):
+    """The error of a write has no file name, so a message did not say which disk was full."""
+    with pytest.raises(OSError, match="No space left on device: '.*/name'"), atomic(tmp_path / "name"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not any(tmp_path.iterdir())
 
 
 def test_planted_link_at_a_temporary_file_is_not_followed(tmp_path, monkeypatch):
