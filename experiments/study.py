@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from datamodules.files import read_json, write_json, write_text
 from datamodules.options import option
@@ -117,7 +118,7 @@ def write_page(study: Study, folder: Path) -> Mapping[str, Any]:
         content = read_json(folder / f"{study.name}.json")  # read it back, so that the page depends on nothing else
         if content["gains"]:
             write_text(folder / f"{study.name}.svg", plot_of(content))
-        write_text(folder / f"{study.name}.md", page(content, f"{study.name}.svg"))
+        write_text(folder / f"{study.name}.md", page(content, quote(f"{study.name}.svg")))
     log.info("The page is %s", relative_path(folder / f"{study.name}.md"))
     return content
 

@@ -1,5 +1,6 @@
 """Studies: what they run, that nothing runs twice, and that every number of a page is one of a file."""
 
+import dataclasses
 import json
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ from experiments.results.interference import interference
 from experiments.results.study_page import collect, page, plot_of, records
 from experiments.run import jobs as jobs_module
 from experiments.run.jobs import JobRunner, is_complete, seconds_of
-from experiments.study import StudyOptions, _chosen, main
+from experiments.study import StudyOptions, _chosen, main, write_page
 from experiments.sweep import main as sweep
 from lightning_modules.distributed.signals import Preempted
 from tests.conftest import toy_collection
@@ -311,6 +313,16 @@ def section(text, heading):
         for row in rows
         for name, cell in zip(head, row, strict=True)
     }
+
+
+def test_the_page_of_any_file_name_shows_its_plot(make_study, tmp_path):
+    """A space or a bracket in the name broke the link to the plot."""
+    study = make_study()
+    JobRunner(study.folder, study.jobs).run()
+    write_page(dataclasses.replace(study, name="my <1> study"), tmp_path)
+    (link,) = re.findall(r"!\[.*\]\((.*)\)", (tmp_path / "my <1> study.md").read_text())
+    assert link == "my%20%3C1%3E%20study.svg"
+    assert (tmp_path / unquote(link)).is_file()
 
 
 def test_every_number_of_the_page_is_that_of_a_file(make_study):
