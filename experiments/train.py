@@ -265,7 +265,7 @@ def fit(trainer: L.Trainer, module: L.LightningModule, data: L.LightningDataModu
         trainer.fit(module, data, ckpt_path=checkpoint)
     except CheckpointMismatch as error:
         raise UserError(
-            f"{checkpoint}: {error}. Restore the file of this run, or use run.resume=never to start over and "
+            f"{checkpoint}: {error}. Restore the former file, or use run.resume=never to start over and "
             "keep the old run under another name."
         ) from error
     except SystemExit as leaving:
