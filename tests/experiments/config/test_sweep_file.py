@@ -249,7 +249,7 @@ def test_the_metric_may_be_one_that_diagnostics_and_mining_log(make_file):
         ("{value: 0.1}", "{values: [{a: 1, 2: 3}]}", "the keys of a mapping must be all texts"),
         ('[make, train, "${args_no_hyphens}"]', "5", "command: expected a list"),
         ('[make, train, "${args_no_hyphens}"]', "make train ${args_no_hyphens}", "command: expected a list"),
-        ('[make, train, "${args_no_hyphens}"]', '["${args_no_hyphens}"]', "command: expected a list: a program"),
+        ('[make, train, "${args_no_hyphens}"]', '["${args_no_hyphens}"]', "command: expected a list of a program"),
     ],
 )
 def test_values_of_another_type_are_refused(make_file, old, new, message):
