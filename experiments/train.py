@@ -21,6 +21,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities import rank_zero_only
 
+from datamodules.batches import MultiTaskDataModule
 from datamodules.records import UserError
 from experiments.build.data import build_data, describe_schedule
 from experiments.build.module import build_module, describe_parameters, start_of
@@ -142,26 +143,7 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         module.encoder.compile()
     _log_start(config, folder, precision, trainer.strategy.root_device)
     log.info("%s", describe_parameters(module))
-
-    @functools.cache
-    def record() -> None:
-        write_config(folder, config)
-        record_start(
-            folder,
-            data,
-            num_parameters=sum(p.numel() for p in module.parameters()),
-            schedule=describe_schedule(config, data),
-            devices=trainer.world_size,
-            precision=precision,
-            start=start_of(config),
-        )
-
-    if folder.checkpoint:
-        # Only when the checkpoint has been accepted. If no steps are left to train, on_train_start is not called.
-        hooks = dict.fromkeys(("on_train_start", "on_fit_end"), lambda *_: record())
-        trainer.callbacks.append(LambdaCallback(**hooks))
-    else:
-        record()
+    record_attempt(trainer, folder, config, data, module, precision)
     start = time.perf_counter()
     with connection_explained(), name_lost_ranks(trainer):
         with matrix_products_in(precision):
@@ -180,6 +162,42 @@ def train_in_folder(config: Config, overrides: Sequence[str]) -> None:
         show_results(table.results)
         log.info("The run is in %s", folder.path)
         log.info("%s", next_steps(config, overrides, folder.path))
+
+
+def record_attempt(
+    trainer: L.Trainer,
+    folder: RunFolder,
+    config: Config,
+    data: MultiTaskDataModule,
+    module: ContrastiveModule,
+    precision: str,
+) -> None:
+    """Record this attempt in the run's folder: of a new run now, of a resumed one once its checkpoint is accepted.
+
+    So a refused resume changes nothing.
+    """
+    start = functools.partial(
+        record_start,
+        folder,
+        data,
+        num_parameters=sum(p.numel() for p in module.parameters()),
+        schedule=describe_schedule(config, data),
+        devices=trainer.world_size,
+        precision=precision,
+        start=start_of(config),
+    )
+    if not folder.checkpoint:
+        start()  # config.yaml has been written
+        return
+
+    @functools.cache
+    def record() -> None:
+        write_config(folder, config)
+        start()
+
+    # If no steps are left to train, on_train_start is not called.
+    hooks = dict.fromkeys(("on_train_start", "on_fit_end"), lambda *_: record())
+    trainer.callbacks.append(LambdaCallback(**hooks))
 
 
 def keep_start(config: Config, module: ContrastiveModule, folder: RunFolder) -> bool:

@@ -46,6 +46,7 @@ class FrozenEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
+        """Hash of the model, by which a resumed run notices that it was replaced."""
         return fingerprint(self.encoder)
 
     @property
