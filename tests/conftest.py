@@ -1,5 +1,6 @@
 """Fixtures: a small random BERT, collections of a few documents, and no network."""
 
+import logging
 import os
 import shutil
 import signal
@@ -42,6 +43,17 @@ def one_thread():
     """Sums differ in their last bits with the number of threads, so no test may leave more to the next."""
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def logging_of_one_test():
+    """A command configures the logging of its process. In the next test, its messages would still be captured."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture

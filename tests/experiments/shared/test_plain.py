@@ -63,10 +63,10 @@ def test_errors_are_printed_safely(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: no such task: [/INST]\n  error: forged\n"
 
 
-def test_progress_of_a_file_with_a_hostile_name(monkeypatch, capsys):
+def test_progress_of_a_file_with_a_hostile_name(monkeypatch, capsys, caplog):
     terminal = console.PlainConsole(force_terminal=True, width=400)
     monkeypatch.setattr("experiments.shared.progress.table_console", lambda: terminal)
-    logging.getLogger("experiments.shared.progress").setLevel(logging.INFO)
+    caplog.set_level("INFO", logger="experiments.shared.progress")
     with Progress(HOSTILE) as progress:
         progress.say(HOSTILE)
         progress.bar.refresh()

@@ -194,12 +194,6 @@ def test_log_lines_leave_stdout_to_the_table(capsys, monkeypatch):
         logging.getLogger("x").info("after")
 
     monkeypatch.setattr(sys, "argv", ["command"])
-    handlers, level = logging.getLogger().handlers[:], logging.getLogger().level
-    try:
-        console.entry_point(command)
-    finally:
-        logging.getLogger().handlers[:] = handlers
-        logging.getLogger().setLevel(level)
-        logging.captureWarnings(False)
+    console.entry_point(command)
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("before\n", "after\n")
