@@ -33,6 +33,14 @@ from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.encoders.text_features import TextFeatures
 
 TASKS = {"classification": "classification", "link_prediction": "link_prediction", "search": "search"}
+SMALL_BERT = {  # fields of transformers.BertConfig; four layers, unless a test sets fewer
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
 WORDS = [f"{a}{b}" for a in "bcdfglmnprst" for b in ("ara", "eli", "omu", "ito", "una")]
 
 torch.set_num_threads(1)
@@ -98,6 +106,23 @@ def pytest_unconfigure() -> None:
 packed = Tokens.from_padded
 
 
+def padded_tokens(*lengths: int):
+    """Return random token ids of texts, and their attention mask, (B, longest). Equal lengths give equal ids."""
+    ids = torch.randint(5, 60, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(7))
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    return ids * mask, mask
+
+
+def separate(encoder):
+    """Change the parameters of each expert, so that all experts differ, and return the encoder."""
+    torch.manual_seed(99)
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if ".experts." in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder
+
+
 def text_of(*numbers: int) -> str:
     return " ".join(WORDS[n % len(WORDS)] for n in numbers)
 
@@ -160,15 +185,7 @@ def vocabulary():
 def make_backbone(vocabulary):
     def make(seed: int = 0, num_layers: int = 4, **config):
         torch.manual_seed(seed)
-        shape = {
-            "hidden_size": 32,
-            "num_hidden_layers": num_layers,
-            "num_attention_heads": 4,
-            "intermediate_size": 64,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-        }
-        return random_backbone(shape | config, vocabulary)
+        return random_backbone(SMALL_BERT | {"num_hidden_layers": num_layers} | config, vocabulary)
 
     return make
 

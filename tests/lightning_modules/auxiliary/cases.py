@@ -27,6 +27,7 @@ from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions
+from tests.conftest import separate
 from tests.lightning_modules.auxiliary.worlds import PartialWorld, partial_world
 
 TASKS = ("fields", "topics", "links")
@@ -71,11 +72,8 @@ def module_of(case: str | None, weight: float = 1.0, dropout: float = 0.0, **opt
     backbone, tokenizer = world().backbone(3)
     set_dropout(backbone, dropout, dropout)
     encoder = MoEEncoder(backbone, tokenizer, {task: task for task in TASKS}, ffn=True, pooling="mean", max_length=32)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(4)
-        for name, parameter in encoder.named_parameters():
-            if ".experts." in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    with torch.random.fork_rng(devices=[]):
+        separate(encoder)
     losses = {} if case is None else {"added": loss_of(case, weight)}
     optim = OptimOptions(lr=3e-3, schedule="constant")
     return ContrastiveModule(encoder, **OBJECTIVE, losses=losses, optim=optim, total_steps=6, **options)

@@ -21,6 +21,7 @@ from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.evaluation import evaluate
+from tests.conftest import SMALL_BERT
 from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 TRAIN, TEST = 96, 64  # papers
@@ -75,14 +76,7 @@ def trained(folder, collections, seed, loss, steps=150):
         for c in collections.values()
         for document in (*c.corpus.values(), *c.queries.values())
     ]
-    shape = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 32,
-        "initializer_range": 0.2,
-    }
+    shape = SMALL_BERT | {"num_hidden_layers": 1, "max_position_embeddings": 32}
     torch.manual_seed(seed)
     backbone, tokenizer = random_backbone(shape, word_vocabulary(texts, 1000))
     set_dropout(backbone, 0.0, 0.0)

@@ -22,6 +22,7 @@ from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.evaluation import evaluate
+from tests.conftest import separate
 from tests.lightning_modules.auxiliary.worlds import partial_world
 from tests.lightning_modules.paired import LONG, gain_of
 from tests.lightning_modules.quiet_trainer import quiet_trainer
@@ -88,12 +89,7 @@ def module_of(world, data, loss, **options):
     backbone, tokenizer = world.backbone(3)
     set_dropout(backbone, 0.0, 0.0)
     tasks = {name: name for name in world.collections}
-    encoder = MoEEncoder(backbone, tokenizer, tasks, pooling="mean", max_length=32)
-    with torch.no_grad():  # experts start equal
-        torch.manual_seed(4)
-        for name, parameter in encoder.named_parameters():
-            if ".experts." in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+    encoder = separate(MoEEncoder(backbone, tokenizer, tasks, pooling="mean", max_length=32))
     module = ContrastiveModule(encoder, similarity="cosine", temperature=0.1, losses={"match": loss}, **options)
     module.prepare_losses(data)
     return module.double()

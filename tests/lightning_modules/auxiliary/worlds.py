@@ -19,6 +19,7 @@ from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.records import Collection, Document, Task
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule
 from lightning_modules.encoders.backbone import random_backbone, word_vocabulary
+from tests.conftest import SMALL_BERT
 
 KINDS = {"fields": ClassificationDataModule, "topics": ClassificationDataModule, "links": LinkPredictionDataModule}
 WORDS_IN_TEXT = 4  # of the field, and of the topic
@@ -49,16 +50,9 @@ class PartialWorld:
     def backbone(self, seed: int = 0, **config):
         """Return a random BERT of two layers and 32 dimensions that knows all words, and its tokenizer."""
         documents = [d for c in self.collections.values() for d in (*c.corpus.values(), *c.queries.values())]
-        shape = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "intermediate_size": 64,
-            "max_position_embeddings": 64,
-            "initializer_range": 0.2,
-        }
+        shape = SMALL_BERT | {"num_hidden_layers": 2} | config
         torch.manual_seed(seed)
-        return random_backbone(shape | config, word_vocabulary((document.text for document in documents), 4000))
+        return random_backbone(shape, word_vocabulary((document.text for document in documents), 4000))
 
 
 def partial_world(

@@ -37,7 +37,7 @@ from lightning_modules.task_balance import (
     pcgrad_coefficients,
     torchjd_weighting,
 )
-from tests.conftest import TASKS, WORDS, text_of, with_features
+from tests.conftest import SMALL_BERT, TASKS, WORDS, text_of, with_features
 
 QUERIES = 16  # of the global batch
 ENCODERS = {"moe": MoEEncoder, "stitched": CrossStitchEncoder, "control": ControlEncoder}
@@ -81,15 +81,9 @@ def collection():
 
 def make_encoder(kind):
     torch.manual_seed(0)
-    shape = {
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
-    }
-    backbone, tokenizer = random_backbone(shape, word_vocabulary([*WORDS, "title text query"], 400))
+    backbone, tokenizer = random_backbone(
+        SMALL_BERT | {"num_hidden_layers": 2}, word_vocabulary([*WORDS, "title text query"], 400)
+    )
     set_dropout(backbone, 0.0, 0.0)
     arguments = {"attention": True, "ffn": True, "pooling": "mean", "max_length": 32}
     encoder = ENCODERS[kind](backbone, tokenizer, TASKS, **arguments)

@@ -16,7 +16,7 @@ from lightning_modules.encoders.control import ControlEncoder
 from lightning_modules.encoders.families import Experts
 from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
-from tests.conftest import TASKS, packed
+from tests.conftest import TASKS, packed, padded_tokens
 from tests.lightning_modules.encoders.test_checkpoints import scrambled
 
 FORMS = [(True, False), (False, True), (True, True)]
@@ -32,11 +32,7 @@ def make_control(make_backbone):
 
 @pytest.fixture
 def tokens():
-    generator = torch.Generator().manual_seed(7)
-    lengths = torch.tensor([2, 3, 9, 20, 31, 12, 12, 5])
-    ids = torch.randint(5, 60, (8, 31), generator=generator)
-    mask = (torch.arange(31) < lengths[:, None]).long()
-    return ids * mask, mask
+    return padded_tokens(2, 3, 9, 20, 31, 12, 12, 5)
 
 
 def hashed(ids, num_experts=3):

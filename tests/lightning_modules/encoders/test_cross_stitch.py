@@ -22,7 +22,7 @@ from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.merging import Weights, merge
 from lightning_modules.optim import OptimOptions
 from lightning_modules.retrieval.evaluation import evaluate
-from tests.conftest import TASKS, WORDS, packed
+from tests.conftest import TASKS, WORDS, packed, padded_tokens, separate
 from tests.lightning_modules.encoders.test_checkpoints import scrambled
 from tests.lightning_modules.paired import LONG, gain_of
 from tests.lightning_modules.quiet_trainer import quiet_trainer
@@ -41,29 +41,16 @@ def make_stitched(make_backbone):
 
 @pytest.fixture
 def tokens():
-    generator = torch.Generator().manual_seed(7)
-    lengths = torch.tensor([2, 9, 20])
-    ids = torch.randint(5, 60, (3, 20), generator=generator)
-    mask = (torch.arange(20) < lengths[:, None]).long()
-    return ids * mask, mask
+    return padded_tokens(2, 9, 20)
 
 
 @pytest.mark.parametrize(("attention", "ffn"), FORMS)
 def test_new_encoder_equals_the_moe_bit_for_bit(make_stitched, tokens, attention, ffn):
-    ours, moe = (scrambled_experts(make_stitched(attention, ffn, kind)) for kind in (CrossStitchEncoder, MoEEncoder))
+    ours, moe = (separate(make_stitched(attention, ffn, kind)) for kind in (CrossStitchEncoder, MoEEncoder))
     for task in TASKS:
         assert torch.equal(ours.eval()(packed(*tokens), task), moe.eval()(packed(*tokens), task))
     assert ours.num_shared_layers == moe.num_shared_layers
     assert [ours.served_by(task) for task in TASKS] == [moe.served_by(task) for task in TASKS]
-
-
-def scrambled_experts(encoder):
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            if ".experts." in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return encoder
 
 
 def layer_of_expert(dense, encoder, index, expert):

@@ -17,7 +17,7 @@ from lightning_modules.encoders.moe import MoEEncoder, expert_layers
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.optim import OptimOptions, parameter_groups
 from lightning_modules.retrieval.vector_cache import VectorCache
-from tests.conftest import TASKS, packed, text_of
+from tests.conftest import TASKS, packed, padded_tokens, separate, text_of
 
 KINDS = ("shared", "attention", "ffn", "both")
 MOE = KINDS[1:]
@@ -25,21 +25,7 @@ MOE = KINDS[1:]
 
 @pytest.fixture
 def tokens():
-    generator = torch.Generator().manual_seed(7)
-    lengths = torch.tensor([2, 3, 9, 20, 31, 12])
-    ids = torch.randint(5, 60, (6, 31), generator=generator)
-    mask = (torch.arange(31) < lengths[:, None]).long()
-    return ids * mask, mask
-
-
-def separate(encoder):
-    """Change the parameters of each expert, so that all experts differ."""
-    torch.manual_seed(99)
-    with torch.no_grad():
-        for name, parameter in encoder.named_parameters():
-            if ".experts." in name:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return encoder
+    return padded_tokens(2, 3, 9, 20, 31, 12)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])

@@ -26,7 +26,7 @@ from lightning_modules.encoders.moe import MoEEncoder
 from lightning_modules.encoders.routed import RoutedEncoder
 from lightning_modules.encoders.shared import SharedEncoder
 from lightning_modules.optim import OptimOptions, parameter_groups
-from tests.conftest import TASKS, packed
+from tests.conftest import TASKS, packed, padded_tokens
 
 
 @pytest.fixture
@@ -81,11 +81,7 @@ def make_family(request):
 
 @pytest.fixture(params=[7, 40])
 def tokens(request):
-    generator = torch.Generator().manual_seed(7)
-    lengths = torch.tensor([2, 3, request.param, max(4, request.param - 9)])
-    ids = torch.randint(5, 60, (4, request.param), generator=generator)
-    mask = (torch.arange(request.param) < lengths[:, None]).long()
-    return ids * mask, mask
+    return padded_tokens(2, 3, request.param, max(4, request.param - 9))
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
