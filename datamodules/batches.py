@@ -146,7 +146,7 @@ class Collator:
     companions: Sequence[tuple[CompanionSource, Sequence[np.ndarray]]] = ()
 
     def __call__(self, draws: Sequence[Draw], step: int) -> ContrastiveBatch:
-        queries, positives, negatives, known = [], [], [], []
+        queries, positives, negatives, known, unlabelled = [], [], [], [], []
         for index, epoch in draws:
             example = self.example_at(index, self.examples[index], step)
             rng = random.Random(mix(self.seed, "draw", self.task, index, epoch))
@@ -155,6 +155,7 @@ class Collator:
             candidates = example.hard_negatives
             negatives.append(rng.sample(candidates, min(self.num_hard_negatives, len(candidates))))
             known.append(example.not_negatives)
+            unlabelled.append(sorted(set(example.not_negatives).difference(example.positives)))
 
         sampled = [[row for rows in lists for row in rows] for lists in (positives, negatives)]
         document_rows = list(dict.fromkeys(sampled[0] + sampled[1]))  # distinct, in order of appearance
@@ -175,6 +176,7 @@ class Collator:
             positives=padded([[column[row] for row in rows] for rows in positives]),
             hard_negatives=padded([[column[row] for row in rows] for rows in negatives]),
             known_positives=padded(known),
+            unlabelled=padded(unlabelled),
             text_keys=torch.tensor([key for chunk in chunks for key in chunk.keys]),
             texts=() if self.texts is None else tuple(self.texts[row] for row in text_index),
             teacher_vectors=self._teacher_vectors(list(text_index)),

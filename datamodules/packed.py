@@ -153,6 +153,8 @@ class ContrastiveBatch:
     hard_negatives   (B, N) columns of the query's own hard negatives among the M documents; padded with -1
     known_positives  (B, K) identities that must not be negatives of the query: all its positives, and the query itself
                             if it is a document; padded with -1
+    unlabelled       (B, J) those that are not positives: the query itself, and documents that a judge dropped;
+                            padded with -1; by default none
     texts            documents of the U rows if a frozen model scores the batch, else empty
     weight           weight of this rank's mean loss: its number of queries divided by the mean over all ranks
     text_keys        (U,)   hashes of token ids: equal for texts with the same tokens; None if unknown
@@ -174,6 +176,7 @@ class ContrastiveBatch:
     positives: Tensor
     hard_negatives: Tensor
     known_positives: Tensor
+    unlabelled: Tensor = None  # type: ignore[assignment]
     texts: tuple[Document, ...] = ()
     weight: float = 1.0
     text_keys: Tensor | None = None
@@ -183,6 +186,8 @@ class ContrastiveBatch:
     companions: tuple[Companion, ...] = ()
 
     def __post_init__(self) -> None:
+        if self.unlabelled is None:
+            self.unlabelled = self.known_positives[:, :0]
         if self.pairs is None:  # computed on the host, because the number of pairs determines shapes
             row, position = (self.positives >= 0).nonzero(as_tuple=True)
             self.pairs = torch.stack([row, self.positives[row, position]], dim=1)

@@ -39,7 +39,7 @@ from datamodules.records import UserError, check_choice
 from datamodules.relations import PartialAnnotation, distributions, find_collection, most_related, relation_of
 from datamodules.tasks import ClassificationDataModule
 from lightning_modules.auxiliary.auxiliary_loss import AuxiliaryLoss
-from lightning_modules.auxiliary.pairs import documents_of_batch, queries_of_batch
+from lightning_modules.auxiliary.pairs import documents_of_batch, queries_of_batch, unlabelled_documents
 from lightning_modules.distributed.collectives import gather_documents
 from lightning_modules.losses import duplicate_mask, mean_of_columns, similarities
 from lightning_modules.objective_options import ObjectiveOptions
@@ -212,7 +212,7 @@ class DistributionMatching(AuxiliaryLoss):
         elif self.known:
             q = mean_of_columns(self._annotated(self.lists[batch.document_ids], labels), batch.positives)
         else:
-            q = self._from_documents(batch, rows, queries, vectors[batch.documents], companions[2], labels)
+            q = self._from_documents(batch, queries, vectors[batch.documents], companions[2], labels)
         log_p = self._logits(companions[0], labels.vectors, self.target_task, labels.copies).log_softmax(1)
         losses = matching_loss(log_p, q, self.teacher, self.stop_gradient)  # (B,)
         return (losses * self.unlabelled[rows]).mean()
@@ -220,7 +220,6 @@ class DistributionMatching(AuxiliaryLoss):
     def _from_documents(
         self,
         batch: ContrastiveBatch,
-        rows: Tensor,
         queries: Tensor,
         documents: Tensor,
         documents_as_target: Tensor,
@@ -233,7 +232,8 @@ class DistributionMatching(AuxiliaryLoss):
         predicted = self._softmax(documents_as_target, labels.vectors, self.target_task, labels.copies)
         predicted = predicted @ self._related(labels, labels)
         q_of_documents = torch.where(known[:, :1] >= 0, self._annotated(known, labels), predicted)  # (M, n)
-        masked = duplicate_mask(ids) | (ids == rows[:, None])  # a query that is a document must not find itself
+        # A query that is a document must not find itself.
+        masked = duplicate_mask(ids) | unlabelled_documents(batch, ids)
         return self._softmax(queries, documents, self.source_task, masked) @ q_of_documents
 
     def _annotated(self, known: Tensor, labels: Labels, hard: bool = False) -> Tensor:

@@ -35,7 +35,9 @@ class Pairs(NamedTuple):
 
     scores: Tensor  # (B, M) similarities
     positive: Tensor  # (B, M) bool: whether the document is a positive of the query, sampled or not
-    known: Tensor  # (B, M) bool: False for the query itself, copies of a document, and texts equal to a positive's
+    # (B, M) bool: False for the query itself, documents that a judge dropped, copies of a document, and texts equal to
+    # a positive's
+    known: Tensor
     query_rows: Tensor  # (B,) rows of the task's document table
     document_rows: Tensor  # (M,)
 
@@ -58,14 +60,22 @@ def in_batch_pairs(batch: ContrastiveBatch, vectors: Tensor, similarity: str) ->
     queries, documents = vectors[batch.queries], vectors[batch.documents]
     documents, ids, offset = gather_documents(documents, batch.document_ids)  # (M, D), (M,)
     query_rows = batch.rows[batch.queries]
-    is_query = query_rows[:, None] == ids
-    positive = membership_mask(batch.known_positives, ids) & ~is_query
-    is_copy = other_copies(ids, offset)
-    unknown = is_query | is_copy
+    unlabelled = unlabelled_documents(batch, ids)
+    positive = membership_mask(batch.known_positives, ids) & ~unlabelled
+    unknown = unlabelled | other_copies(ids, offset)
     if batch.text_keys is not None:
         keys, document_keys = text_keys_of_queries(batch), gather_rows(batch.text_keys[batch.documents])
         unknown = unknown | (membership_mask(keys, document_keys) & ~positive)
     return Pairs(similarities(queries, documents, similarity), positive, ~unknown, query_rows, ids)
+
+
+def unlabelled_documents(batch: ContrastiveBatch, ids: Tensor) -> Tensor:
+    """Return which documents are the query itself, or were dropped by a judge, (B, M) bool. ids: (M,).
+
+    A query whose text differs from its document's has a row of its own.
+    """
+    assert batch.rows is not None
+    return membership_mask(torch.cat([batch.unlabelled, batch.rows[batch.queries][:, None]], dim=1), ids)
 
 
 def fixed_scores(queries: Tensor, documents: Tensor, similarity: str) -> Tensor:
