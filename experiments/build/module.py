@@ -43,6 +43,7 @@ from lightning_modules.objective_options import (
     check_objective,
 )
 from lightning_modules.optim import ExpertDecay
+from lightning_modules.optim_options import OptimOptions
 from lightning_modules.parts import check_parts
 from lightning_modules.retrieval.compute import describe_device
 
@@ -163,7 +164,8 @@ def _extend(config: Config, data: MultiTaskDataModule) -> ContrastiveModule:
 def _nearest_tasks(config: Config, data: MultiTaskDataModule, encoder: Encoder) -> dict[str, str]:
     """Return, for each new task, the encoder's task with the lowest loss on the new task's first batches."""
     without_teacher = dataclasses.replace(config.objective, vector_teacher=VectorTeacherOptions())
-    module = _training_module(config, encoder, without_teacher).to(device_of(config))
+    only_losses = dataclasses.replace(config, optim=OptimOptions())  # optim may name experts that do not exist yet
+    module = _training_module(only_losses, encoder, without_teacher).to(device_of(config))
     nearest, experts = {}, set()
     log.info("finding the nearest tasks on %s", describe_device(encoder.device))
     for task in data.tasks:

@@ -219,9 +219,11 @@ def _strategy(config: Config, encoder: Encoder) -> DDPStrategy | str:
         return "auto"
     if config.trainer.strategy == "fsdp":
         return ShardedStrategy()
-    # In a batch of one task, the parameters of other tasks get no gradient.
+    # In a batch of one task, the parameters of other tasks get no gradient. An extended encoder also has its old tasks.
     has_task_parameters = config.objective.learn_temperature == "per_task" or config.objective.balance == "uncertainty"
-    idle = len(config.tasks) > 1 and (encoder.has_idle_parameters or has_task_parameters)
+    several, trains_old_tasks = len(config.tasks) > 1, bool(config.extend.model) and not config.extend.freeze
+    idle = several and (encoder.has_idle_parameters or has_task_parameters)
+    idle = idle or (trains_old_tasks and encoder.has_idle_parameters)
     # Buffers are the same on all ranks already, and tables of features are large.
     return DDPStrategy(find_unused_parameters=idle, broadcast_buffers=False)
 

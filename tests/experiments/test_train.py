@@ -692,6 +692,8 @@ def test_a_task_can_be_added_to_a_trained_encoder(tmp_path, caplog):
         unfrozen.encode(texts, "classification"), before.encode(texts, "classification"), atol=1e-3
     )
     assert torch.equal(after.encode(texts, "classification"), before.encode(texts, "classification"))
+    train("moe", two_steps(tmp_path / "slower", *new, "optim.lr_scale={search: 0.5}"))  # a new expert
+    assert not torch.equal(load_encoder(tmp_path / "slower").encode(texts, "search"), after.encode(texts, "search"))
     assert not torch.allclose(after.encode(texts, "search"), before.encode(texts, "classification"), atol=1e-3)
 
 

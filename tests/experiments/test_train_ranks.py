@@ -55,6 +55,18 @@ def test_idle_experts_do_not_move_on_two_ranks(tmp_path, cache):
 
 
 @pytest.mark.slow
+def test_an_added_task_trains_with_the_old_ones_on_two_ranks(tmp_path):
+    """DDP ended the training, because it expected gradients for the experts of the old tasks."""
+    old = run(tmp_path / "old", "tasks=[classification]", "trainer.max_steps=1", ranks=1)
+    extension = [f"extend.model={tmp_path / 'old'}", "extend.freeze=false", "trainer.max_steps=3"]
+    new = run(tmp_path / "new", "tasks=[search]", *extension)
+    assert equal(of_expert(old, "classification"), of_expert(new, "classification"))
+    assert not equal(of_expert(new, "search"), of_expert(new, "classification"))
+    shared = "encoder.backbone.encoder.layer.0.output.dense.weight"
+    assert not torch.equal(old[shared], new[shared])
+
+
+@pytest.mark.slow
 def test_grad_cache_trains_like_the_plain_pass_on_two_ranks(tmp_path):
     """With dropout, every task in each step, accumulation and clipping."""
     overrides = [
