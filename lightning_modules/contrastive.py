@@ -79,7 +79,7 @@ class ContrastiveModule(L.LightningModule):
         self.optim, self.total_steps, self.grad_cache = optim or OptimOptions(), total_steps, grad_cache
         check_options(self.optim)
         if options.vector_teacher.model == START_TEACHER and vector_teacher_model is None:
-            vector_teacher_model = FrozenEncoder(copy.deepcopy(encoder))
+            vector_teacher_model = FrozenEncoder(copy.deepcopy(encoder), options.similarity)
         frozen_models = {"guide": guide_model, "teacher": teacher_model, "vector_teacher": vector_teacher_model}
         for role, model in frozen_models.items():
             name = getattr(options, role).model
@@ -110,7 +110,7 @@ class ContrastiveModule(L.LightningModule):
         if stage == "fit":
             self.encoder.prepare(data)
         if (teacher := self.objective.vector_teacher) is not None and hasattr(data, "teacher_vectors"):
-            self._store_teacher_vectors(data, teacher.encoder)
+            self._store_teacher_vectors(data, teacher)
         self.prepare_losses(data)
 
     def prepare_losses(self, data: ContrastiveDataModule) -> None:
@@ -132,11 +132,11 @@ class ContrastiveModule(L.LightningModule):
             task.companions = [source for each in sources for source in each]
         data.prepared_by = self._mark
 
-    def _store_teacher_vectors(self, data: Any, teacher: Encoder) -> None:
+    def _store_teacher_vectors(self, data: Any, model: FrozenEncoder) -> None:
         """Set a data module's teacher_vectors, and document_vectors. Stored vectors are read from data.cache."""
-        options = self.objective.options.vector_teacher
+        options, teacher = self.objective.options.vector_teacher, model.encoder
         folder = Path(data.options.cache) / VECTORS if data.options.cache else None
-        cache = VectorCache(teacher, folder, similarity="cosine", token_budget=data.options.token_budget)
+        cache = VectorCache(teacher, folder, similarity=model.similarity, token_budget=data.options.token_budget)
         teacher.to(self.trainer.strategy.root_device)
         if options.cached:
             log.info("encoding all texts with the vector teacher, except those whose vectors are stored")

@@ -139,6 +139,20 @@ def test_start_keeps_the_encoder_near_its_start(make_encoder, make_task, tmp_pat
     assert similarity[1] < 1 - 1e-6
 
 
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("similarity", ["dot", "cosine"])
+def test_an_encoder_is_at_distance_0_from_its_start(make_encoder, make_task, tmp_path, similarity, cached):
+    """With dot products, the anchor moved all vectors to the unit sphere, because the start's were normalised."""
+    data, options = make_task(SearchDataModule, carry_texts=True), VectorTeacherOptions("start", cached=cached)
+    module = ContrastiveModule(make_encoder(), similarity=similarity, total_steps=1, vector_teacher=options)
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    quiet_trainer(tmp_path, max_steps=1).fit(module, data)  # gives the data the teacher's vectors
+    batch = data.train_dataloader().batches[0]
+    assert module.eval().training_step(batch, 0)["vector_distance"] > 1e-3
+    module.load_state_dict(before)
+    assert module.training_step(batch, 0)["vector_distance"].item() == pytest.approx(0, abs=1e-9)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("role", ["guide", "teacher", "vector_teacher", "start"])
 def test_a_training_resumes_with_the_frozen_models_of_its_start(make_encoder, make_task, tmp_path, role):
