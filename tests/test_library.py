@@ -1,13 +1,9 @@
 """The packages as a library: training from a script, without any configuration file."""
 
-import subprocess
-import sys
-
 import lightning as L
 import pytest
 import torch
 
-import datamodules
 from datamodules import (
     BatchOptions,
     BeirReader,
@@ -130,16 +126,3 @@ def test_judgement_of_unknown_id_is_rejected(papers, query, document, message):
     broken = Collection(papers.corpus, papers.queries, {"train": {query: {document: 1}}})
     with pytest.raises(UserError, match=f"task search.* {message}"):
         SearchDataModule("search", {"mine": broken}).setup()
-
-
-def test_public_names_can_be_imported():
-    assert all(getattr(datamodules, name).__name__ == name for name in datamodules.__all__)
-    with pytest.raises(AttributeError, match="Nonsense"):
-        datamodules.Nonsense  # noqa: B018 (the access raises)
-
-
-@pytest.mark.slow
-def test_records_can_be_imported_without_lightning():
-    command = "import sys; from datamodules import Document, UserError; print('lightning' in sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "False"

@@ -21,13 +21,29 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("datamodules", "lightning_modules", "experiments")
 
 
-def test_every_public_name_is_that_of_its_package():
-    for package in (datamodules, lightning_modules):
-        for name in package.__all__:
-            assert getattr(scimult, name) is getattr(package, name)
-    assert set(scimult.__all__) == {*datamodules.__all__, *lightning_modules.__all__} <= set(dir(scimult))
+@pytest.mark.parametrize("package", [datamodules, lightning_modules])
+def test_every_public_name_can_be_imported(package):
+    source = Path(package.__file__).read_text()
+    for name in package.__all__:
+        assert getattr(package, name).__name__ == name
+        assert getattr(scimult, name) is getattr(package, name)
+        assert f"import {name} as {name}\n" in source  # so that type checkers know it
+    assert set(scimult.__all__) == {*datamodules.__all__, *lightning_modules.__all__}
+
+
+@pytest.mark.parametrize("module", [datamodules, lightning_modules, scimult])
+def test_public_names_are_listed_and_others_are_errors(module):
+    assert set(module.__all__) <= set(dir(module))
     with pytest.raises(AttributeError, match="has no attribute 'load_encodr'"):
-        scimult.load_encodr  # noqa: B018
+        module.load_encodr  # noqa: B018
+
+
+@pytest.mark.slow
+def test_packages_import_neither_torch_nor_lightning_until_they_are_used():
+    code = "import sys, scimult; from datamodules import Document, UserError; "
+    code += "print({'torch', 'lightning'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 @pytest.fixture(scope="module")

@@ -258,42 +258,18 @@ def test_positions_of_roberta_start_after_the_padding_id_in_every_packed_text(ma
 
 @pytest.mark.parametrize("first_only", [False, True])
 @pytest.mark.parametrize("with_prefix", [False, True])
-def test_window_is_the_same_distance_in_every_kernel(kernel, first_only, with_prefix):
-    """A window of flash attention is aligned with the last key, and the first position sees only one side."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = Tokens.pack([list(range(length)) for length in LENGTHS])
-    query, key, value = torch.randn(3, tokens.num_tokens, 2, 4, generator=generator, dtype=torch.float64)
-    prefix = Prefix(*torch.randn(2, 3, 2, 4, generator=generator, dtype=torch.float64)) if with_prefix else None
-    context = AttentionContext(tokens, tokens.positions(), {})
-    if first_only:
-        query = query[tokens.offsets[:-1]]
-    ours = attention.attend(query, key, value, context, Settings(WINDOW, prefix=prefix))
-    rows, start = [], 0
-    for length in LENGTHS:
-        k, v = key[start : start + length], value[start : start + length]
-        for position in range(1 if first_only else length):
-            near = slice(max(0, position - WINDOW), position + WINDOW + 1)
-            keys, values = k[near], v[near]
-            if prefix:
-                keys, values = torch.cat([prefix.keys, keys]), torch.cat([prefix.values, values])
-            q = query[len(rows)]
-            weights = (torch.einsum("hd,shd->hs", q, keys) / 4**0.5).softmax(-1)
-            rows.append(torch.einsum("hs,shd->hd", weights, values).flatten())
-        start += length
-    torch.testing.assert_close(ours, torch.stack(rows), atol=1e-12, rtol=0)
+@pytest.mark.parametrize(("window", "has_bias"), [(WINDOW, False), (None, True), (WINDOW, True)])
+def test_windows_and_biases_depend_on_the_distance_in_every_kernel(kernel, first_only, with_prefix, window, has_bias):
+    """Positions of a text and of a prefix both start at 0. The gradient of the bias is that of its formula.
 
-
-@pytest.mark.parametrize("first_only", [False, True])
-@pytest.mark.parametrize("with_prefix", [False, True])
-@pytest.mark.parametrize("window", [None, WINDOW])
-def test_bias_depends_on_the_distance_in_every_kernel(kernel, first_only, with_prefix, window):
-    """Positions of a text and of a prefix both start at 0. The gradient of the bias is that of its formula."""
+    A window of flash attention is aligned with the last key, and the first position sees only one side.
+    """
     generator = torch.Generator().manual_seed(0)
     tokens = Tokens.pack([list(range(length)) for length in LENGTHS])
     query, key, value = torch.randn(3, tokens.num_tokens, 2, 4, generator=generator, dtype=torch.float64)
     prefix = Prefix(*torch.randn(2, 45, 2, 4, generator=generator, dtype=torch.float64)) if with_prefix else None
     bias = torch.randn(2, 99, generator=generator, dtype=torch.float64, requires_grad=True)  # distances -49, ..., 49
-    context = AttentionContext(tokens, tokens.positions(), {}, bias)
+    context = AttentionContext(tokens, tokens.positions(), {}, bias if has_bias else None)
     if first_only:
         query = query[tokens.offsets[:-1]]
     ours = attention.attend(query, key, value, context, Settings(window, prefix=prefix))
@@ -306,14 +282,16 @@ def test_bias_depends_on_the_distance_in_every_kernel(kernel, first_only, with_p
             if prefix:
                 keys, values = torch.cat([prefix.keys, keys]), torch.cat([prefix.values, values])
                 distances = torch.cat([torch.arange(45) - position, distances])
-            scores = torch.einsum("hd,shd->hs", query[len(rows)], keys) / 4**0.5 + bias[:, 49 + distances]
+            scores = torch.einsum("hd,shd->hs", query[len(rows)], keys) / 4**0.5
+            scores = scores + bias[:, 49 + distances] if has_bias else scores
             rows.append(torch.einsum("hs,shd->hd", scores.softmax(-1), values).flatten())
         start += length
     torch.testing.assert_close(ours, torch.stack(rows), atol=1e-12, rtol=0)
-    weights = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
-    (gradient,) = torch.autograd.grad((ours * weights).sum(), bias)
-    (expected,) = torch.autograd.grad((torch.stack(rows) * weights).sum(), bias)
-    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
+    if has_bias:
+        weights = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+        (gradient,) = torch.autograd.grad((ours * weights).sum(), bias)
+        (expected,) = torch.autograd.grad((torch.stack(rows) * weights).sum(), bias)
+        torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
 
 
 def test_kernels_are_chosen_by_device_precision_dropout_and_window():
