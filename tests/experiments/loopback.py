@@ -73,6 +73,26 @@ class Loopback:
         request.close_connection = True
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *arguments) -> None:
+        pass  # the client is gone
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """Answer requests on this machine, without a log. Yields the address of the server."""
+    handler.log_message = lambda *_: None
+    server = _Server(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
 @contextmanager
 def loopback() -> Iterator[Loopback]:
     state = Loopback()
@@ -82,16 +102,5 @@ def loopback() -> Iterator[Loopback]:
             with suppress(BrokenPipeError, ConnectionResetError):  # the client may be gone
                 state.answer(self)
 
-        def log_message(self, *arguments) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as state.url:
         yield state
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()

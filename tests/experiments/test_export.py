@@ -6,8 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from experiments.export import ExportOptions, main, push
 from experiments.results.model_card import write_card
 from experiments.train import train
 from lightning_modules.encoders.loading import load_encoder
+from tests.experiments.loopback import serving
 from tests.experiments.shared.test_plain import HOSTILE
 from tests.experiments.test_train import TINY
 
@@ -390,23 +390,16 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(answer)
 
-    def log_message(self, *arguments):
-        pass
-
 
 @pytest.fixture
 def hub(monkeypatch):
     Hub.requests, Hub.files, Hub.private, Hub.status = [], {}, {}, 200
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield endpoint
-    server.shutdown()
-    server.server_close()
+    with serving(Hub) as endpoint:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", endpoint)
+        yield endpoint
 
 
 def exported(folder):

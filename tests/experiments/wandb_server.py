@@ -7,10 +7,12 @@ import re
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from tests.experiments.loopback import serving
 
 
 @dataclass
@@ -150,29 +152,7 @@ def wandb_server() -> Iterator[WandbServer]:
 
         do_GET = do_PUT = do_POST
 
-        def log_message(self, *arguments) -> None:
-            pass
-
-    class Server(ThreadingHTTPServer):
-        daemon_threads = True
-
-        def handle_error(self, *arguments) -> None:
-            pass  # the client is gone
-
-    server = Server(("127.0.0.1", 0), Handler)
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-
-    def close() -> None:
-        state.over.set()
-        server.shutdown()
-        server.server_close()
-        thread.join()
-
-    state.close = close
-    try:
+    with ExitStack() as stack:
+        state.url, state.close = stack.enter_context(serving(Handler)), stack.close
+        stack.callback(state.over.set)  # called before the server stops
         yield state
-    finally:
-        if not state.over.is_set():
-            close()
