@@ -4,7 +4,6 @@ import pwd
 import shutil
 import sys
 
-import lightning as L
 import pytest
 
 from datamodules.files import expanded
@@ -20,6 +19,7 @@ from lightning_modules.encoders.backbone import package_folder
 from tests.conftest import toy_collection
 from tests.experiments.test_changed_data import ARGUMENTS
 from tests.forked import run
+from tests.lightning_modules.quiet_trainer import after_batch
 
 
 @pytest.fixture
@@ -171,13 +171,9 @@ def test_experiment_files_that_cannot_be_read_raise_user_error(tmp_path, content
 def test_run_folder_that_is_deleted_during_training_is_named(tmp_path, monkeypatch):
     write_beir(toy_collection(), tmp_path / "set")
     run = tmp_path / "run"
-
-    class Deleting(L.Callback):
-        def on_train_batch_end(self, *_):
-            shutil.rmtree(run, ignore_errors=True)
-
+    deleting = after_batch(lambda *_: shutil.rmtree(run, ignore_errors=True))
     arguments = [*ARGUMENTS, f"task.search.data={tmp_path / 'set'}", "data.cache=null", "trainer.max_steps=2"]
     build = train.build_callbacks
-    monkeypatch.setattr(train, "build_callbacks", lambda *args: [*build(*args), Deleting()])
+    monkeypatch.setattr(train, "build_callbacks", lambda *args: [*build(*args), deleting])
     with pytest.raises(UserError, match="run.dir: .* was deleted or moved"):
         train.train("vanilla", [*arguments, f"run.dir={run}"])

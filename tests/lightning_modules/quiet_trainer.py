@@ -1,20 +1,26 @@
 """A trainer on the CPU that logs, prints and saves nothing unless asked to."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import LambdaCallback
 
 
-class SaveOnce(L.Callback):
-    """Saves a checkpoint after two steps, unless the file exists."""
+def after_batch(function: Callable[[L.Trainer, L.LightningModule], Any]) -> L.Callback:
+    """Return a callback that calls a function with trainer and module after each batch."""
+    return LambdaCallback(on_train_batch_end=lambda trainer, module, *_: function(trainer, module))
 
-    def __init__(self, file: Path):
-        self.file = file
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == 2 and not self.file.exists():
-            trainer.save_checkpoint(self.file)
+def save_once(file: Path) -> L.Callback:
+    """Return a callback that saves a checkpoint after two steps, unless the file exists."""
+
+    def save(trainer: L.Trainer, _: L.LightningModule) -> None:
+        if trainer.global_step == 2 and not file.exists():
+            trainer.save_checkpoint(file)
+
+    return after_batch(save)
 
 
 def quiet_trainer(folder: Path, **options: Any) -> L.Trainer:

@@ -1,6 +1,5 @@
 """The training step, and training with it."""
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -10,7 +9,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.optim import OptimOptions
 from tests.conftest import toy_collection
-from tests.lightning_modules.quiet_trainer import SaveOnce, quiet_trainer
+from tests.lightning_modules.quiet_trainer import after_batch, quiet_trainer, save_once
 
 
 def first_batch(data, step=0):
@@ -62,12 +61,8 @@ def test_training_turns_dropout_on_for_a_backbone_in_eval_mode(make_encoder, mak
     data = make_task(ClassificationDataModule, "classification", num_batches=2)
     module = ContrastiveModule(make_encoder("attention").eval(), total_steps=2)
     modes = []
-
-    class Watch(L.Callback):
-        def on_train_batch_end(self, trainer, module, *_):
-            modes.append(all(m.training for m in module.encoder.modules()))
-
-    quiet_trainer(tmp_path, max_steps=2, callbacks=[Watch()]).fit(module, data)
+    watch = after_batch(lambda _, module: modes.append(all(m.training for m in module.encoder.modules())))
+    quiet_trainer(tmp_path, max_steps=2, callbacks=[watch]).fit(module, data)
     assert modes == [True, True]
 
 
@@ -91,7 +86,7 @@ def test_learned_temperature_is_saved_resumed_and_kept_in_its_range(make_encoder
         module = ContrastiveModule(
             make_encoder("attention"), similarity="cosine", temperature=0.1, optim=optim, total_steps=8, **learned
         )
-        trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[SaveOnce(file)])
+        trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[save_once(file)])
         trainer.fit(module, make_task(ClassificationDataModule, "classification"), ckpt_path=checkpoint)
         (group,) = [g for g in trainer.optimizers[0].param_groups if g["initial_lr"] == lr]
         assert group["weight_decay"] == 0

@@ -12,7 +12,7 @@ from lightning_modules.loss_weights import DynamicWeights
 from lightning_modules.optim import OptimOptions
 from lightning_modules.task_balance import GradNorm, GramianBalance, PCGrad
 from tests.conftest import TASKS
-from tests.lightning_modules.quiet_trainer import SaveOnce, quiet_trainer
+from tests.lightning_modules.quiet_trainer import quiet_trainer, save_once
 
 OPTIM = OptimOptions(warmup=0.0, weight_decay=0.0)
 
@@ -122,7 +122,7 @@ def test_resumed_training_keeps_the_scale_of_the_loss(make_encoder, make_task, t
             tmp_path,
             max_steps=4,
             plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
-            callbacks=[SaveOnce(file)],
+            callbacks=[save_once(file)],
             **CLIP,
         )
         trainer.fit(module, make_task(ClassificationDataModule, "classification"), ckpt_path=checkpoint)

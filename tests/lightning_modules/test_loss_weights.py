@@ -17,7 +17,7 @@ from lightning_modules.objective import Temperature
 from lightning_modules.objective_options import ObjectiveOptions
 from lightning_modules.task_balance import GradNorm, GramianBalance, PCGrad
 from tests.conftest import TASKS
-from tests.lightning_modules.quiet_trainer import SaveOnce, quiet_trainer
+from tests.lightning_modules.quiet_trainer import quiet_trainer, save_once
 from tests.lightning_modules.test_task_balance import fitted, make_module
 
 NAMES = list(TASKS)
@@ -199,9 +199,8 @@ def test_resumed_training_continues_bit_for_bit(make_encoder, three_tasks, tmp_p
     file, results = tmp_path / "two.ckpt", []
     for checkpoint in (None, file):
         module = make_module(make_encoder, total_steps=12)
-        trainer = quiet_trainer(
-            tmp_path, max_steps=12 // accumulate, accumulate_grad_batches=accumulate, callbacks=[make(), SaveOnce(file)]
-        )
+        options = {"accumulate_grad_batches": accumulate, "callbacks": [make(), save_once(file)]}
+        trainer = quiet_trainer(tmp_path, max_steps=12 // accumulate, **options)
         trainer.fit(module, three_tasks, ckpt_path=checkpoint)
         results.append(torch.cat([p.flatten() for p in module.parameters()]))
     assert torch.equal(*results)

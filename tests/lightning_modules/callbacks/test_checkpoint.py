@@ -4,7 +4,6 @@ import copy
 import errno
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
@@ -17,7 +16,7 @@ from lightning_modules.callbacks.evaluation import Evaluation
 from lightning_modules.checkpoint_files import newest_intact
 from lightning_modules.contrastive import CheckpointMismatch, ContrastiveModule
 from lightning_modules.encoders.loading import load_encoder
-from tests.lightning_modules.quiet_trainer import quiet_trainer
+from tests.lightning_modules.quiet_trainer import after_batch, quiet_trainer
 
 
 def scripted_result(step):
@@ -75,16 +74,11 @@ def test_training_stops_after_evaluations_without_a_new_best(fitted, full_at, pa
     assert callback.step == last_step
 
 
-class Diverging(L.Callback):
-    """Makes a weight NaN after a step."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, module, *_):
-        if trainer.global_step == self.step:
-            with torch.no_grad():
-                next(module.parameters()).view(-1)[0] = float("nan")
+def diverge(trainer, module):
+    """Make a weight NaN after step 3."""
+    if trainer.global_step == 3:
+        with torch.no_grad():
+            next(module.parameters()).view(-1)[0] = float("nan")
 
 
 @pytest.fixture
@@ -102,28 +96,27 @@ def trained(make_encoder, make_task, tmp_path):
     return fit
 
 
-class Weights(L.Callback):
-    """Remembers the weights after each step."""
+def remember(weights):
+    """Return a callback that stores the weights after each step."""
 
-    def __init__(self):
-        self.after = {}
+    def store(trainer, module):
+        weights[trainer.global_step] = copy.deepcopy(module.state_dict())
 
-    def on_train_batch_end(self, trainer, module, *_):
-        self.after[trainer.global_step] = copy.deepcopy(module.state_dict())
+    return after_batch(store)
 
 
 def test_resumed_average_equals_an_undisturbed_one(trained, make_encoder, tmp_path):
     """A checkpoint has the average as its weights, equal to a few lines of torch, and training resumes from both."""
     dropout = {"hidden_dropout_prob": 0.3}
-    weights = Weights()
-    trained(EMAWeightAveraging(decay=0.75), weights, encoder=make_encoder("shared", config=dropout))
+    weights = {}
+    trained(EMAWeightAveraging(decay=0.75), remember(weights), encoder=make_encoder("shared", config=dropout))
     whole = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    average = weights.after[1]
+    average = weights[1]
     for step in range(2, 7):
-        average = {name: 0.75 * average[name] + 0.25 * tensor for name, tensor in weights.after[step].items()}
+        average = {name: 0.75 * average[name] + 0.25 * tensor for name, tensor in weights[step].items()}
     for name, tensor in average.items():
         torch.testing.assert_close(whole["state_dict"][name], tensor, atol=1e-6, rtol=1e-5)
-        assert torch.equal(whole["current_model_state"][name], weights.after[6][name])
+        assert torch.equal(whole["current_model_state"][name], weights[6][name])
     encoder = load_encoder(tmp_path / "last.ckpt").state_dict()
     assert all(torch.equal(whole["state_dict"][f"encoder.{name}"], tensor) for name, tensor in encoder.items())
 
@@ -142,7 +135,7 @@ def test_the_average_is_evaluated_and_the_training_is_the_same_as_without_it(
     make_encoder, make_task, tmp_path, monkeypatch
 ):
     def fit(*averages):
-        evaluated, weights = {}, Weights()
+        evaluated, weights = {}, {}
 
         def evaluate(encoder, *_, **__):
             evaluated[callback.step] = copy.deepcopy(encoder.state_dict())
@@ -151,9 +144,9 @@ def test_the_average_is_evaluated_and_the_training_is_the_same_as_without_it(
         data = make_task(ClassificationDataModule, "classification", num_batches=3)
         callback = Scripted(data.benchmarks("dev"), ["ndcg@10"], 1, 1000, tmp_path / "best.ckpt")
         monkeypatch.setattr(evaluation, "evaluate", evaluate)
-        trainer = quiet_trainer(tmp_path, max_steps=3, callbacks=[*averages, callback, weights])
+        trainer = quiet_trainer(tmp_path, max_steps=3, callbacks=[*averages, callback, remember(weights)])
         trainer.fit(ContrastiveModule(make_encoder("shared"), total_steps=3), data)
-        return evaluated, weights.after
+        return evaluated, weights
 
     evaluated, trained = fit(EMAWeightAveraging(decay=0.5))
     best = load_encoder(tmp_path / "best.ckpt").state_dict()
@@ -171,7 +164,7 @@ def test_divergence_ends_the_training_and_keeps_the_last_good_checkpoint(trained
         "step 4 could not be written .*non-finite.*; the last good checkpoint is step 2. The training has diverged"
     )
     with pytest.raises(UserError, match=message):
-        trained(Diverging(3))
+        trained(after_batch(diverge))
     assert newest_intact(tmp_path / "last.ckpt") == tmp_path / "last.ckpt"
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2
 

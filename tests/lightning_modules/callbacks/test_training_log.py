@@ -5,7 +5,6 @@ import json
 import threading
 import time
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,7 @@ from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.loggers import JsonlLogger, RunLogger
 from lightning_modules.optim import OptimOptions
 from lightning_modules.throughput import Speed, ThroughputMeter, training_flops
-from tests.lightning_modules.quiet_trainer import quiet_trainer
+from tests.lightning_modules.quiet_trainer import after_batch, quiet_trainer
 
 LOADING, STEP, EVALUATION = 3.0, 2.0, 100.0  # seconds
 CEILING = 1e-3  # TFLOP/s
@@ -36,14 +35,6 @@ class Rows(RunLogger):
         self.rows[step] = metrics
 
     def log_hyperparams(self, *_, **__): ...
-
-
-class SlowEvaluation(L.Callback):
-    def __init__(self, clock):
-        self.clock = clock
-
-    def on_train_batch_end(self, *_):
-        self.clock.now += EVALUATION
 
 
 class Clock:
@@ -67,12 +58,15 @@ class Clock:
         monkeypatch.setattr(MultiTaskBatches, "__getitem__", slow_batch)
         monkeypatch.setattr(ContrastiveModule, "training_step", slow_step)
 
+    def evaluate(self, *_):
+        self.now += EVALUATION
+
 
 @pytest.fixture
 def train(tmp_path, three_tasks, make_encoder, monkeypatch):
     def run(every, optim=None, **options):
         clock, rows = Clock(monkeypatch), Rows()
-        callbacks = [TrainingLog(every, plain=True, peak_tflops=CEILING), SlowEvaluation(clock)]
+        callbacks = [TrainingLog(every, plain=True, peak_tflops=CEILING), after_batch(clock.evaluate)]
         steps = 12 // options.get("accumulate_grad_batches", 1)
         module = ContrastiveModule(make_encoder("attention"), optim=optim)
         trainer = quiet_trainer(tmp_path, max_steps=steps, callbacks=callbacks, logger=rows, **options)
@@ -143,52 +137,26 @@ def test_ranks_add_up_and_the_slowest_one_counts(make_encoder, three_tasks, monk
     assert both.tokens_per_second > alone[0].tokens_per_second
 
 
-class Rendered(L.Callback):
-    """Records what the bar shows after each batch."""
-
-    def __init__(self, bar):
-        self.bar, self.shown = bar, []
-
-    def on_train_batch_end(self, *_):
-        task = self.bar.progress.tasks[0]
-        self.shown.append((task.completed, task.total))
-
-
 def test_the_bar_counts_all_steps_also_after_a_resume(tmp_path, three_tasks, make_encoder):
     """It counted absolute steps against the remaining ones: 12/7."""
     shown = []
     for steps in (5, 12):
-        bar = TrainingBar()
-        rendered = Rendered(bar)
-        trainer = quiet_trainer(
-            tmp_path, max_steps=12, max_epochs=-1, callbacks=[bar, rendered, StopAfter(steps)], enable_progress_bar=True
-        )
+
+        def record(trainer, module, steps=steps):
+            task = trainer.progress_bar_callback.progress.tasks[0]
+            shown.append((task.completed, task.total))
+            trainer.should_stop = trainer.global_step >= steps
+
+        callbacks = [TrainingBar(), after_batch(record)]
+        trainer = quiet_trainer(tmp_path, max_steps=12, max_epochs=-1, callbacks=callbacks, enable_progress_bar=True)
         module = ContrastiveModule(make_encoder())
         checkpoint = tmp_path / "last.ckpt"
         trainer.fit(module, three_tasks, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
         trainer.save_checkpoint(checkpoint)
-        shown.append(rendered.shown)
-    assert shown == [[(i, 12) for i in range(1, 6)], [(i, 12) for i in range(6, 13)]]
-
-
-class StopAfter(L.Callback):
-    def __init__(self, steps):
-        self.steps = steps
-
-    def on_train_batch_end(self, trainer, *_):
-        trainer.should_stop = trainer.global_step >= self.steps
+    assert shown == [(i, 12) for i in range(1, 13)]
 
 
 class Killed(BaseException): ...
-
-
-class KillAt(L.Callback):
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
-            raise Killed
 
 
 def curve(path):
@@ -202,8 +170,12 @@ def test_the_curve_of_a_killed_run_equals_that_of_an_undisturbed_one(tmp_path, t
     """The first row after a resume covered only the steps since the checkpoint, and diagnostics only their tasks."""
 
     def attempt(name, kill_at=0):
+        def kill(trainer, _):
+            if trainer.global_step == kill_at:
+                raise Killed
+
         path, last = tmp_path / f"{name}.jsonl", tmp_path / f"{name}.ckpt"
-        callbacks = [TrainingLog(5, plain=False, peak_tflops=CEILING), Diagnostics(4), KillAt(kill_at)]
+        callbacks = [TrainingLog(5, plain=False, peak_tflops=CEILING), Diagnostics(4), after_batch(kill)]
         callbacks.append(LastCheckpoint(last, every_n_steps=3))
         torch.manual_seed(0)
         trainer = quiet_trainer(tmp_path, max_steps=12, callbacks=callbacks, logger=JsonlLogger(path))

@@ -14,7 +14,7 @@ from lightning_modules import ContrastiveModule, load_encoder
 from lightning_modules.encoders.figures import FigureEncoder, read_image_vectors
 from lightning_modules.encoders.moe import MoEEncoder
 from tests.conftest import toy_collection
-from tests.lightning_modules.quiet_trainer import SaveOnce, quiet_trainer
+from tests.lightning_modules.quiet_trainer import quiet_trainer, save_once
 
 TASKS = {"figure": "figure", "search": "search"}
 FIGURES = toy_collection().corpus
@@ -79,7 +79,7 @@ def test_resumed_training_equals_an_undisturbed_one(make, figures, tmp_path):
     write(tmp_path / "images.npz")
     states = []
     for resumes in (False, True):
-        trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[SaveOnce(tmp_path / "two.ckpt")])
+        trainer = quiet_trainer(tmp_path, max_steps=4, callbacks=[save_once(tmp_path / "two.ckpt")])
         torch.manual_seed(resumes)
         module = ContrastiveModule(make().train(), total_steps=4)
         trainer.fit(module, figures, ckpt_path=tmp_path / "two.ckpt" if resumes else None, weights_only=True)
