@@ -469,12 +469,11 @@ def test_the_table_names_the_evaluated_checkpoint(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["results.json", "config.yaml", "manifest.json", "checkpoints/last.ckpt"])
-def test_damaged_files_of_a_run_are_named(tmp_path, name):
+def test_the_only_checkpoint_is_named_if_it_is_damaged(tmp_path):
     train("vanilla", two_steps(tmp_path, *TINY))
-    content = (tmp_path / name).read_bytes()
-    (tmp_path / name).write_bytes(content[: len(content) // 2] + b"\x00{")
-    with pytest.raises(UserError, match=name):
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"checkpoints/last\.ckpt"):
         train("vanilla", [*two_steps(tmp_path, *TINY), "trainer.max_steps=4"])
 
 

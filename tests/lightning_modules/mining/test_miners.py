@@ -115,14 +115,6 @@ def test_bm25_ranks_as_bm25s_does(make_task):
         assert (rows[q] >= 0).sum() == min(3, (every > 0).sum())
 
 
-def test_bm25_returns_nothing_without_words(make_task):
-    collection = toy_collection()
-    silent = {key: Document(key, "", "、") for key in collection.corpus}
-    pool = pool_of(make_task, collection=Collection(silent, collection.queries, collection.qrels))
-    rows, _ = BM25Miner().rank(pool, range(12), 3, context_of(pool))
-    assert (rows == -1).all()
-
-
 def test_cited_by_cited_counts_paths(make_task):
     pool = pool_of(make_task, LinkPredictionDataModule, collection=PAPERS)
     rows, ways = CitedByCitedMiner().rank(pool, range(10), 9, context_of(pool))
