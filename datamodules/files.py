@@ -238,6 +238,21 @@ def read_json(path: Path, expected: type | Mapping[str, type] = dict, hint: str 
     return content
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of JSON lines, or [] if it is missing. All other lines are skipped."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ()
+    return [row for line in lines if (row := json_object(line)) is not None]
+
+
+def json_object(line: str | bytes) -> dict[str, Any] | None:
+    """Return the JSON object in a line, or None for anything else, such as a line that a kill cut short."""
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
 @contextmanager
 def damage_explained(path: Path, content: str, hint: str = RECREATED) -> Iterator[None]:
     """Turn errors from reading keys of damaged content into a UserError.

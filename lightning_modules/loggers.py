@@ -13,7 +13,7 @@ import numpy as np
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from datamodules.files import append_lines, atomic_file
+from datamodules.files import append_lines, atomic_file, json_object
 
 log = logging.getLogger(__name__)
 
@@ -173,8 +173,5 @@ class LightningLogger(RunLogger):
 
 def _row(line: bytes) -> dict[str, Any] | None:
     """Return a row of the file, or None for a damaged one."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    row = json_object(line)
+    return row if row is not None and isinstance(row.get("step"), int) else None

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from datamodules.files import read_rows
 from datamodules.packed import ContrastiveBatch
 from datamodules.readers.beir import write_beir
 from datamodules.records import Collection, Document
@@ -23,7 +24,6 @@ from datamodules.tokens import CACHE, Encoding, tokenise_ahead
 from experiments.bench import mining
 from experiments.bench.peer import DEFAULT_BATCH, PEER, Peer, attentions, peer_version
 from experiments.bench.workload import KINDS, SHAPES, TASK, Workload
-from experiments.run.trials import read_rows
 from lightning_modules.encoders.backbone import set_dropout
 from lightning_modules.encoders.base import Encoder
 from lightning_modules.encoders.export import save_dense

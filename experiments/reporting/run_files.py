@@ -10,13 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import read_json
+from datamodules.files import read_json, read_rows
 from datamodules.records import UserError
 from experiments.config.experiment import read_config
 from experiments.config.run_config import existing_runs
 from experiments.results.results import Results, read_results, read_run_results, read_tables
 from experiments.run.folder import manifest_of
-from experiments.run.trials import read_rows
 from lightning_modules.mining.report import read_values
 
 log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from datamodules.files import read_rows
 from datamodules.records import UserError
 from experiments.results.comparison import MeasuredSystem, aligned_values
-from experiments.run.trials import read_rows
 from experiments.shared.table_formats import Column, Table
 from lightning_modules.retrieval.significance import bootstrap_interval
 

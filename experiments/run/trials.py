@@ -19,7 +19,7 @@ from itertools import starmap
 from pathlib import Path
 from typing import IO, Any
 
-from datamodules.files import append_lines
+from datamodules.files import append_lines, read_rows
 from datamodules.locks import lock_file
 from datamodules.records import UserError
 from experiments.config.experiment import ROOT
@@ -95,17 +95,6 @@ class Trial:
 def trials_of(sweep: Sweep, folder: Path) -> list[Trial]:
     """Return all trials of a sweep. folder: folder of their runs."""
     return [Trial(number, values, folder / f"t{number:03}") for number, values in enumerate(sweep.trials())]
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a JSON lines file. Lines that were cut short by a kill or a full disk are skipped."""
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
-        with suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
 
 
 def _is_number(value: Any) -> bool:

@@ -5,7 +5,6 @@ Shapes: Q queries, k candidates per query.
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from datamodules.citation_graph import CitationGraph
+from datamodules.files import json_object
 from datamodules.options import check_number
 from datamodules.records import MiningPool, UserError, explained, short
 from lightning_modules.retrieval.bm25 import Bm25Index
@@ -314,11 +314,8 @@ def _read_values(path: Path, id: str, field: str, papers: set[str]) -> dict[str,
         open(path, encoding="utf-8") as lines,
     ):
         for number, line in enumerate(lines, start=1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict) or id not in record:
+            record = json_object(line)
+            if record is None or id not in record:
                 raise UserError(f"{path}:{number}: expected a JSON object with {id!r}, got {short(line)}")
             if str(record[id]) in papers:
                 value = record.get(field) or []

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 
-from datamodules.files import read_json
+from datamodules.files import read_json, read_rows
 from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
 from experiments import mine, report, runs
@@ -12,7 +12,7 @@ from experiments.download.sources import Sources
 from experiments.reporting.run_files import RunFiles
 from experiments.results.results import read_results
 from experiments.run.folder import manifest_of
-from experiments.run.trials import Controller, read_rows
+from experiments.run.trials import Controller
 from experiments.train import main, train
 from lightning_modules.encoders.loading import load_encoder
 from tests.conftest import toy_collection
