@@ -75,12 +75,17 @@ class LossRecorder(L.Callback):
                 logger.log_metrics(values, step=step)
 
 
+def loss_ratios(losses: Tensor, before: Tensor) -> Tensor:
+    """Return losses / before, (T,); 1 for a loss that was 0, as without negatives: its change says nothing."""
+    return torch.where(before > 0, losses / before, 1.0)
+
+
 def dwa_weights(losses: Tensor, previous: Tensor, temperature: float) -> Tensor:
     """Return T softmax(r / temperature), where r is losses / previous: the weights of the tasks, (T,).
 
     losses, previous: mean losses of the tasks in the last two windows, (T,).
     """
-    rates = losses / previous.clamp(min=torch.finfo(previous.dtype).tiny)
+    rates = loss_ratios(losses, previous)
     return len(rates) * torch.softmax(rates / temperature, dim=0)
 
 

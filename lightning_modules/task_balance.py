@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from datamodules.records import UserError
 from lightning_modules.distributed.collectives import mean_over_ranks
-from lightning_modules.loss_weights import LossRecorder
+from lightning_modules.loss_weights import LossRecorder, loss_ratios
 from lightning_modules.objective_options import check_balance_packages
 
 
@@ -63,10 +63,11 @@ def gradnorm_weights(
     norms: norms of the gradients before weighting, (T,).
     losses, first_losses: losses of this step and of the first step, (T,).
     """
-    weighted_norms, rates = weights * norms, losses / first_losses
-    targets = weighted_norms.mean() * (rates / rates.mean()) ** alpha
+    tiny = torch.finfo(norms.dtype).tiny
+    weighted_norms, rates = weights * norms, loss_ratios(losses, first_losses)
+    targets = weighted_norms.mean() * (rates / rates.mean().clamp(min=tiny)) ** alpha
     # Dividing by the mean norm makes lr independent of the scale of the model's gradients.
-    updated = weights - lr * torch.sign(weighted_norms - targets) * norms / norms.mean()
+    updated = weights - lr * torch.sign(weighted_norms - targets) * norms / norms.mean().clamp(min=tiny)
     updated = updated.clamp(min=1e-3)
     return updated * (len(updated) / updated.sum())
 

@@ -70,6 +70,23 @@ def test_gradnorm_equals_numpy_and_equalises_the_norms():
     np.testing.assert_allclose(relative / relative.mean(), 1, atol=0.15)
 
 
+def test_gradnorm_balances_the_other_tasks_if_one_has_no_loss():
+    """The quotient of two losses of 0 turned GradNorm off. With no gradients at all, the weights became nan."""
+
+    def weights_after(norms, losses, first, steps=30):
+        weights = torch.ones(len(norms)).double()
+        for _ in range(steps):
+            values = (torch.tensor(x).double() for x in (norms, losses, first))
+            weights = gradnorm_weights(weights, *values, alpha=1.5, lr=0.025)
+        return weights.tolist()
+
+    without, small, large = weights_after([0, 1, 4], [0, 1, 1], [0, 2, 2])
+    assert 3 * large < without < 2 * small
+    began = weights_after([1, 1, 4], [0.5, 2, 2], [0, 2, 2])  # as if its rate were that of the others
+    assert began == weights_after([1, 1, 4], [2, 2, 2], [2, 2, 2])
+    assert weights_after([0, 0], [0, 0], [1, 1]) == [1, 1]
+
+
 def gradients_of_tasks(seed):
     """Return gradients (T, 8) of 2 to 5 tasks that differ in size by a factor of about 10, with conflicts."""
     rng = np.random.default_rng(seed)
