@@ -233,9 +233,8 @@ class Searches(View):
         )
         lacking = "title or abstract" if name == "title" else "keywords"
         self.left_out[f"papers without {lacking}, as queries"] = len(self.library) - count("texts")
-        self.left_out[f"papers with the {name} of an earlier one (they share its query)"] = count("texts") - count(
-            "queries"
-        )
+        shared = count("texts") - count("queries")
+        self.left_out[f"papers with the {name} of an earlier one (they share its query)"] = shared
         self.left_out[f"queries of papers without a {self.library.splits.needs}"] = count("queries WHERE split = ''")
 
     def _from_file(self, path: Path) -> None:

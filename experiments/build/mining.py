@@ -95,8 +95,8 @@ def build_mining_callback(
         if config.mining.judge or any(config.mining.judges.values()):
             raise UserError(
                 "mining.judge: this run mines nothing, so there is nothing to judge; set mining.every_n_steps, or "
-                "judge the "
-                "negatives of a store with make mine mining.store=FOLDER mining.judge=..., and train on its output"
+                "judge the negatives of a store with make mine mining.store=FOLDER mining.judge=..., and train on its "
+                "output"
             )
         return []
     first = every if config.mining.first_step is None else config.mining.first_step

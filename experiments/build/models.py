@@ -130,9 +130,8 @@ def _resolve(model: str) -> str:
 
     Raises UserError for a package that is not installed, or a run that does not exist.
     """
-    if (
-        Path(model).parts[:1] == ("runs",) and not Path(model).exists()
-    ):  # any other missing path may be a name on the hub
+    # Any other missing path may be a name on the hub.
+    if Path(model).parts[:1] == ("runs",) and not Path(model).exists():
         raise UserError(f"model: {model} does not exist. {existing_runs()}")
     return installed(model)
 

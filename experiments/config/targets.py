@@ -176,12 +176,8 @@ def _hints(cls: type, names: Iterable[str]) -> dict[str, Any]:
             argument = types.SimpleNamespace(__annotations__={name: annotations.get(name, Any)})
             hint = typing.get_type_hints(argument, scope)[name]
             OmegaConf.structured(dataclasses.make_dataclass("Argument", [(name, hint, field(default=MISSING))]))
-        except (
-            OmegaConfBaseException,
-            NameError,
-            TypeError,
-            ValueError,
-        ):  # NameError: the type is only imported under TYPE_CHECKING
+        # NameError: the type is only imported under TYPE_CHECKING.
+        except (OmegaConfBaseException, NameError, TypeError, ValueError):
             hint = Any
         known[name] = hint
     return known

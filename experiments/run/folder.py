@@ -155,9 +155,8 @@ def _is_complete(path: Path, config: Config) -> bool:
 def _refuse_other_run(config: Config, path: Path) -> None:
     defaults = dict(flat(OmegaConf.to_container(OmegaConf.structured(Config))))
     then, now = dict(flat(read_config(path))), dict(flat(as_dict(config)))
-    then = {
-        key: defaults.get(key) for key in now.keys() - then.keys()
-    } | then  # default for keys that are newer than the run
+    # Keys that are newer than the run have their default.
+    then = {key: defaults.get(key) for key in now.keys() - then.keys()} | then
     fixed = [
         {key: value for key, value in each.items() if not key.startswith(CHANGEABLE) and not _is_batch_size(key)}
         for each in (then, now)

@@ -444,9 +444,8 @@ def check_tokenizer(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedMode
             raise UserError(f"the tokenizer has no {name}; is its tokenizer_config.json missing?")
     # vocab_size does not count tokens that were added to the tokenizer.
     vocabulary: dict[str, int] = getattr(tokenizer, "get_vocab", dict)()
-    if vocabulary and vocabulary.keys() <= set(
-        tokenizer.all_special_tokens
-    ):  # transformers creates such a tokenizer if its file is missing
+    # If the file is missing, transformers creates a tokenizer without words.
+    if vocabulary and vocabulary.keys() <= set(tokenizer.all_special_tokens):
         raise UserError("the tokenizer has no words, only special tokens; is its tokenizer.json or vocab.txt missing?")
     size = max(vocabulary.values(), default=0) + 1
     limit: Any = backbone.get_input_embeddings().num_embeddings

@@ -246,9 +246,8 @@ def test_streaming_a_beir_folder_raises_the_errors_of_reading(streamed, tmp_path
         qrels.write_text(good + line + "\n")
         with pytest.raises(UserError, match=message):
             stored(beir, tmp_path / "cache")
-    qrels.write_text(
-        good + "\t".join((query, document, grade)) + "\n"
-    )  # a repeated judgement with the same score is harmless
+    # A repeated judgement with the same score is harmless.
+    qrels.write_text(good + "\t".join((query, document, grade)) + "\n")
     assert stored(beir, tmp_path / "cache").judged("train")[1] == expected.qrels["train"]
     corpus = reader.folder / "corpus.jsonl"
     texts = corpus.read_text().splitlines()

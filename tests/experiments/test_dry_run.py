@@ -53,9 +53,8 @@ def test_memory_and_time_are_measured(predicted, monkeypatch):
     prediction = predicted()
     assert {name: cost.batches for name, cost in prediction.tasks.items()} == dict.fromkeys(prediction.tasks, 3)
     assert set(prediction.tasks) == {"classification", "link_prediction", "search"}
-    assert prediction.memory["optimizer"] == pytest.approx(
-        2 * prediction.memory["weights"], rel=0.01
-    )  # two moments per parameter
+    moments = 2 * prediction.memory["weights"]  # two per parameter
+    assert prediction.memory["optimizer"] == pytest.approx(moments, rel=0.01)
     # One of three experts has gradients.
     assert 0.4 * prediction.memory["weights"] < prediction.memory["gradients"] < 0.99 * prediction.memory["weights"]
     assert prediction.memory["activations"] > 95 << 20
@@ -185,9 +184,8 @@ def test_sharded_ranks_hold_their_share_of_the_weights(predicted):
     for name in ("weights", "gradients", "optimizer"):
         assert shared.memory[name] == copied.memory[name] // 2
     assert copied.memory["gathered"] == 0
-    assert (
-        shared.memory["gathered"] == 2 * copied.memory["weights"]
-    )  # two layers and everything outside of layers, with gradients
+    # Two layers and everything outside of layers, with gradients.
+    assert shared.memory["gathered"] == 2 * copied.memory["weights"]
     three = predicted("trainer.devices=2", "trainer.strategy=fsdp", "backbone.config.num_hidden_layers=3")
     projections = 4 * (32 * 32 + 32)  # of each expert's attention: query, key, value and output
     rest = 2 * (32 * 32 + 32) + 4 * 32  # feed-forward sub-layer and both LayerNorms

@@ -14,9 +14,8 @@ from experiments.config.targets import READERS, check_target, instantiate
 from tests.datamodules.readers.worlds import WORLDS, World
 
 world = pytest.mark.parametrize("world", WORLDS, ids=lambda world: world.name)
-SEPARATORS = dict.fromkeys(
-    ("dpr", "doris-mae", "mmsci-captions", "mmsci-references", "mmsci-choices"), ","
-)  # between the records of these worlds
+# Between the records of these worlds.
+SEPARATORS = dict.fromkeys(("dpr", "doris-mae", "mmsci-captions", "mmsci-references", "mmsci-choices"), ",")
 
 
 def files(folder: Path) -> list[Path]:

@@ -104,9 +104,8 @@ def test_bayes_moves_towards_the_best_values():
 
 
 def test_bayes_accepts_running_trials_and_values_rounded_out_of_the_range():
-    with pytest.raises(
-        UserError, match="parameters.a: no multiple of q=1 lies between min and max"
-    ):  # an IndexError before
+    # It was an IndexError.
+    with pytest.raises(UserError, match="parameters.a: no multiple of q=1 lies between min and max"):
         parameters_of("a: {distribution: q_uniform, min: 0.1, max: 0.9, q: 1}")[0].grid()
     parameters = parameters_of("a: {distribution: q_uniform, min: 0.04, max: 0.96, q: 0.1}")
     past = [({"a": a / 10}, -a) for a in range(11)]
