@@ -123,7 +123,7 @@ def test_import_and_file_of_papers_serve_every_task(folders):
     ]
     assert counts[0] == counts[1]
     shutil.rmtree(folders / "mylib" / "search")
-    with pytest.raises(UserError, match="mylib has no data for search; .*import.json has the reason"):
+    with pytest.raises(UserError, match="mylib has no data for search; .*import.json says why"):
         data_of(folders, f"task.search.data={folders}/mylib")
 
 
@@ -138,7 +138,7 @@ def test_file_where_a_folder_is_expected_says_what_to_do(folders):
 def test_collections_of_two_tasks_need_different_names(folders):
     """Results are stored by the name of the collection, and one would replace the other."""
     both = [f"task.{task}.data={folders}/mine" for task in ("classification", "search")]
-    with pytest.raises(UserError, match="task.search.data: classification has a collection called mine too"):
+    with pytest.raises(UserError, match="task.search.data: classification also has a collection called mine"):
         load_config("moe", ["tasks=[classification,search]", *both])
 
 
