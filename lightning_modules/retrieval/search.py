@@ -129,7 +129,8 @@ def pair_scores(queries: np.ndarray, documents: Shards, rows: np.ndarray, memory
     step = max(1, memory // max(1, 24 * rows.shape[1] * queries.shape[1]))
     for first in range(0, len(queries), step):
         chunk = rows[first : first + step]
-        vectors = documents.gather(np.maximum(chunk, 0).ravel()).astype(np.float64).reshape(*chunk.shape, -1)
+        vectors = documents.gather(np.maximum(chunk, 0).ravel()).astype(np.float64)
+        vectors = vectors.reshape(*chunk.shape, queries.shape[1])  # not -1, because w may be 0
         # einsum sums each pair separately, so equal vectors get equal scores in any position.
         scores[first : first + step] = np.einsum(
             "qd,qwd->qw", queries[first : first + step].astype(np.float64), vectors

@@ -95,6 +95,17 @@ def test_named_labels_come_first_as_in_the_authors_program(world, k):
         assert (np.diff(run.scores[q]) < 0).all()
 
 
+@pytest.mark.parametrize("settings", [{"first": {}}, {"candidates": {f"q{i}": [] for i in range(QUERIES)}}])
+def test_lists_that_are_empty_for_all_queries_of_a_rank(world, settings):
+    """An array without columns has no unknown dimension, so the command ended with a traceback."""
+    queries, documents, ids, names, benchmark = world
+    toy = benchmark(**settings)
+    runs = rank_vectors(toy, ids, queries, Shards([documents]), 5), rank_bm25(toy, 5)
+    ranked = by_loop(queries[0], documents, names, "dot")[0][:5] if "first" in settings else []
+    assert [names[i] for i in runs[0].indices[0]] == ranked
+    assert all(len(run.indices) == QUERIES and (run.indices[:, len(ranked) :] < 0).all() for run in runs)
+
+
 def test_bm25_puts_named_labels_first_also_among_own_candidates():
     """They kept their places if queries had candidates, unlike in a ranking by vectors."""
     corpus = {f"d{i}": Document(f"d{i}", "", "word " * (i + 1) + "filler " * (4 - i)) for i in range(5)}
