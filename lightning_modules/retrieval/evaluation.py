@@ -380,8 +380,15 @@ def gather_run(run: Run) -> Run:
     queries = [query for share in shares for query in share.queries]
     turns = [range(r, len(queries), world_size()) for r in range(world_size())]  # as in rank_benchmark
     order = np.argsort(np.concatenate(turns))
-    indices, scores = (np.concatenate([getattr(share, name) for share in shares]) for name in ("indices", "scores"))
+    width = max(share.indices.shape[1] for share in shares)  # with candidates, that of a rank's longest list
+    indices = np.concatenate([_widened(share.indices, width, -1) for share in shares])
+    scores = np.concatenate([_widened(share.scores, width, -np.inf) for share in shares])
     return Run([queries[i] for i in order], run.documents, indices[order], scores[order])
+
+
+def _widened(array: np.ndarray, width: int, padding: float) -> np.ndarray:
+    """Return an array (q, K) with further columns of padding, (q, width)."""
+    return np.pad(array, ((0, 0), (0, width - array.shape[1])), constant_values=padding)
 
 
 def _measure_runs(

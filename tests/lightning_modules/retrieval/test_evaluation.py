@@ -10,6 +10,7 @@ import pytrec_eval
 import torch
 
 from datamodules.records import Benchmark, Collection, Document, UserError
+from lightning_modules.retrieval import evaluation
 from lightning_modules.retrieval.evaluation import (
     evaluate,
     evaluate_bm25,
@@ -18,7 +19,8 @@ from lightning_modules.retrieval.evaluation import (
     rank_benchmark,
     ranking_depth,
 )
-from lightning_modules.retrieval.ranking import rank_bm25
+from lightning_modules.retrieval.ranking import rank_bm25, rank_vectors
+from lightning_modules.retrieval.search import Shards
 from lightning_modules.retrieval.trec import write_trec
 from tests.conftest import toy_collection
 
@@ -107,6 +109,28 @@ def test_result_writes_the_run_the_judgements_and_the_values_of_each_query(make_
     header, *lines = (tmp_path / "toy.model.queries.tsv").read_text().splitlines()
     assert header.split("\t") == ["query", "ndcg@5", "mrr@5"]
     assert np.mean([float(line.split("\t")[2]) for line in lines]) == pytest.approx(result.metrics["mrr@5"])
+
+
+def test_rankings_of_ranks_whose_queries_have_fewer_candidates_are_joined(make_encoder, monkeypatch):
+    """Each rank's array has the columns of its longest list, and joining arrays of different widths raised an error."""
+    collection = toy_collection()
+    candidates = {query: [f"d{i}" for i in range(5 - number % 2)] for number, query in enumerate(collection.queries)}
+    benchmark = replace(benchmark_of(collection), candidates=candidates)
+    encoder, shares = make_encoder("shared"), []
+    whole = rank_benchmark(encoder, benchmark, 10)
+    for size in (2, 20):  # of 20 ranks, some have no query
+        monkeypatch.setattr(evaluation, "world_size", lambda size=size: size)
+        for number in range(size):
+            ids = list(collection.queries)[number::size]
+            vectors = encoder.encode([collection.queries[query] for query in ids], "search").numpy()
+            documents = encoder.encode(list(collection.corpus.values()), "search")
+            shares.append(rank_vectors(benchmark, ids, vectors, Shards([documents]), 10))
+        assert len({share.indices.shape[1] for share in shares}) > 1
+        monkeypatch.setattr(evaluation, "gather_objects", lambda run: shares)
+        joined = gather_run(shares[0])
+        assert joined.queries == list(whole.queries)
+        assert (joined.indices == whole.indices).all()
+        shares.clear()
 
 
 def test_bm25_finds_shared_words_and_leaves_out_the_query():
