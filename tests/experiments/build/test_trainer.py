@@ -5,6 +5,7 @@ import platform
 
 import pytest
 import torch
+from lightning.fabric import accelerators as fabric
 from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 
 from datamodules.records import UserError
@@ -44,10 +45,18 @@ def test_ranks_must_be_as_many_as_the_configuration_needs(environment, overrides
         check_ranks(config)
 
 
-def test_the_gpu_of_a_mac_is_not_used(make_encoder, monkeypatch, tmp_path):
-    """Lightning would choose it, but everything else is on the CPU there, and diagnostics need float64."""
+@pytest.fixture
+def mac(monkeypatch):
+    """A machine on which Lightning finds Apple's GPU. Lightning keeps its first answer, whatever test asked."""
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(platform, "processor", lambda: "arm")
+    fabric.MPSAccelerator.is_available.cache_clear()
+    yield
+    fabric.MPSAccelerator.is_available.cache_clear()
+
+
+def test_the_gpu_of_a_mac_is_not_used(mac, make_encoder, tmp_path):
+    """Lightning would choose it, but everything else is on the CPU there, and diagnostics need float64."""
     assert MPSAccelerator.is_available()
     trainer = build_trainer(load_config("moe", ["scale=sample"]), make_encoder(), [], [], tmp_path, "fp32")
     assert isinstance(trainer.accelerator, CPUAccelerator)
