@@ -22,7 +22,9 @@ from datamodules.store import BATCH_ROWS, FIELDS, StoredCollection, StoredDocume
 
 log = logging.getLogger(__name__)
 
-VERSION = 5  # version of the store's layout; collections in any other version are converted again
+VERSION = (
+    6  # version of the layout, and of what readers make of files; collections in any other version are converted again
+)
 PATHS = ("folder", "source", "judgements", "train", "dev", "test")  # reader arguments that can be relative paths
 
 
@@ -181,7 +183,7 @@ class _Writer:
         self.blank: list[int] = []
         self.hashes = array("q")
         self.judgements: dict[str, tuple[array, array, array]] = {}
-        self.keep_first = False
+        self.keep: str | None = None
         self.digest = hashlib.blake2b(digest_size=8)
         self._document_file = _ArrowFile(folder / "corpus.arrow", self.digest, "documents")
         self._query_file = _ArrowFile(folder / "queries.arrow", self.digest, "queries")
@@ -223,14 +225,19 @@ class _Writer:
     def distinct(self, split: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the queries, documents and grades of a split's judgements, (j,) each, without repeated pairs.
 
-        Raises UserError if a pair has two different grades, unless keep_first.
+        Raises UserError if a pair has two different grades and `keep` is None.
         """
         queries, documents, grades = (np.frombuffer(values, dtype=np.int32) for values in self.judgements[split])
         pairs = queries.astype(np.int64) << 32 | documents.view(np.uint32)  # rows may be negative
         order = np.argsort(pairs, kind="stable")
         repeated = np.flatnonzero(pairs[order][1:] == pairs[order][:-1])
         differ = repeated[grades[order[repeated]] != grades[order[repeated + 1]]]
-        if len(differ) and self.keep_first:
+        if self.keep == "highest":
+            _, first, group = np.unique(pairs, return_index=True, return_inverse=True)
+            highest = grades[first]
+            np.maximum.at(highest, group, grades)
+            grades = highest[group]
+        elif len(differ) and self.keep == "first":
             log.warning("split %s: %d pairs have a second, different score; keeping the first", split, len(differ))
         elif len(differ):
             first, second = order[differ[0]], order[differ[0] + 1]

@@ -222,11 +222,11 @@ class Sink(CollectionWriter, Protocol):
     """Receiver of a streaming reader's documents and judgements. The reader can look up what it has added.
 
     documents, queries: ids received so far.
-    keep_first: whether to keep the first of two conflicting grades for a pair; otherwise, the second raises UserError.
-        A second document or query with the same id always raises UserError.
+    keep: which of two different grades of a pair to keep, "first" or "highest"; if None, the second raises UserError. A
+        second document or query with the same id always raises UserError.
     """
 
-    keep_first: bool
+    keep: str | None
 
     @property
     def documents(self) -> Container[str]: ...

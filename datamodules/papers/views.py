@@ -202,7 +202,8 @@ class Searches(View):
         super().__init__(library, options, bad)
 
     def judge(self) -> None:
-        self.database.execute("CREATE TABLE queries (number INTEGER PRIMARY KEY, id TEXT, text TEXT, split TEXT)")
+        columns = "number INTEGER PRIMARY KEY, id TEXT, text TEXT, split TEXT, UNIQUE (text, split)"
+        self.database.execute(f"CREATE TABLE queries ({columns})")
         if self.options.search in SEARCHES:
             self._from_papers(self.options.search)
         else:
@@ -256,10 +257,12 @@ class Searches(View):
         if not split:
             self.left_out[f"queries without a {self.library.splits.needs}"] += 1
             return
-        id = f"query.{number}"
-        self.database.execute("INSERT INTO queries VALUES (?, ?, ?, ?)", (number, id, text, split))
+        execute = self.database.execute
+        execute("INSERT OR IGNORE INTO queries VALUES (?, ?, ?, ?)", (number, f"query.{number}", text, split))
+        number, id = execute("SELECT number, id FROM queries WHERE text = ? AND split = ?", (text, split)).fetchone()
         rows = ((number, id, split, paper.id, grade) for paper, grade in grades.items())
-        self.database.executemany(f"INSERT OR IGNORE INTO {self.judged} VALUES (?, ?, ?, ?, ?)", rows)
+        highest = "ON CONFLICT DO UPDATE SET grade = max(grade, excluded.grade)"  # a line may repeat a query
+        self.database.executemany(f"INSERT INTO {self.judged} VALUES (?, ?, ?, ?, ?) {highest}", rows)
 
     def _grades_of_papers(self, record: Record) -> dict[_JudgedPaper, int]:
         """Return the grade of each judged paper in the library. Other judged papers are counted as left out."""

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from datamodules.options import check_options, option
 from datamodules.readers.checks import first_ids
@@ -61,18 +61,20 @@ class FolderReader(LineReader):
 class SinkReader(LineReader):
     """Base class of readers that never hold all their data in memory."""
 
+    keep: ClassVar[str | None] = None  # "highest" if the highest grade of a pair counts, None if it may have only one
+
     @abstractmethod
     def write(self, sink: Sink, bad: BadLines) -> None:
         """Write the data to a sink. bad: policy for bad lines."""
 
     def stream(self, sink: Sink) -> None:
         """Write the data to a sink. Raises UserError like `read`."""
-        sink.keep_first = self.on_error == "skip"
+        sink.keep = self.keep or ("first" if self.on_error == "skip" else None)
         with BadLines(self.on_error, self.quarantine) as bad:
             self.write(sink, bad)
 
     def collect(self, bad: BadLines) -> Collection:
-        sink = MemorySink()
+        sink = MemorySink(self.keep)
         self.write(sink, bad)
         return Collection(sink.documents, sink.queries, sink.qrels)
 
@@ -171,10 +173,10 @@ class Judgements:
 
 
 class MemorySink:
-    """A sink in memory. It ignores keep_first: if a pair has a second, different grade, that line is an error."""
+    """A sink in memory. Unless it keeps the highest, a line with a second, different grade of a pair is an error."""
 
-    def __init__(self) -> None:
-        self.keep_first = False
+    def __init__(self, keep: str | None = None) -> None:
+        self.keep = keep
         self.documents: dict[str, Document] = {}
         self.queries: dict[str, Document] = {}
         self.qrels: dict[str, dict[str, dict[str, int]]] = {}
@@ -186,7 +188,11 @@ class MemorySink:
         add_document(self.queries, query)
 
     def add_judgement(self, split: str, query: str, document: str, grade: int) -> None:
-        add_grade(self.qrels.setdefault(split, {}).setdefault(query, {}), query, document, grade)
+        grades = self.qrels.setdefault(split, {}).setdefault(query, {})
+        if self.keep == "highest":
+            grades[document] = max(grade, grades.get(document, grade))
+        else:
+            add_grade(grades, query, document, grade)
 
     def document(self, id: str) -> Document:
         return self.documents[id]

@@ -32,7 +32,8 @@ class DprReader(LineReader):
     "hard_negative_ctxs": [...]}; a passage is {"title": ..., "text": ..., "passage_id" or "psg_id": ...}. Its score is
     not used. A passage without an id gets one from its text.
 
-    The corpus has all passages of all files. Questions without a positive are left out, as in DPR, and a warning counts
+    The corpus has all passages of all files. Entries of a split with the same question are joined; a passage that is a
+    positive of one of them is a positive. Questions without a positive are left out, as in DPR, and a warning counts
     them. Files may be compressed as .gz or .zst, and may be JSON lines. Files are never held in memory.
     """
 
@@ -71,6 +72,7 @@ class DprReader(LineReader):
         """Add the passages and questions of a split, and return the judgements."""
         qrels: dict[str, dict[str, int]] = {}
         left_out, negatives = 0, NEGATIVES if self.negatives is None else self.negatives
+        ids: dict[str, str] = {}  # by question
         for row in read_records(path, bad):
             with row:
                 record = as_object(row, " with question and positive_ctxs")
@@ -80,9 +82,12 @@ class DprReader(LineReader):
                 if not passages[POSITIVES]:
                     left_out += 1
                     continue
-                grades = {passage.id: 0 for key in negatives for passage in passages[key]}
-                qrels[query.id] = grades | {passage.id: 1 for passage in passages[POSITIVES]}
-                queries[query.id] = query
+                id = ids.setdefault(query.text, query.id)
+                grades = qrels.setdefault(id, {})
+                for passage in (passage for key in negatives for passage in passages[key]):
+                    grades.setdefault(passage.id, 0)
+                grades |= {passage.id: 1 for passage in passages[POSITIVES]}
+                queries.setdefault(id, query)
         if left_out:
             log.warning("%s: left out %d questions without a positive passage", path, left_out)
         return qrels

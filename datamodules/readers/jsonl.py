@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from datamodules.options import option
-from datamodules.readers.checks import SPLITS, check_grade, check_text, split_of
+from datamodules.readers.checks import SPLITS, check_grade, check_text, content_id, split_of
 from datamodules.readers.collecting import FolderReader, SinkReader, check_known
 from datamodules.readers.io import find_split_files, warn_of_unread_files
 from datamodules.readers.json_files import as_object, read_records
@@ -29,10 +30,13 @@ class JsonlReader(FolderReader, SinkReader):
 
     A query is {"id": ...}, a document of the corpus; {"title": ..., "text": ...}; or a string, which is an id if the
     corpus has it, and otherwise a text. Positives may be {id: grade, ...} with grades above 0. Negatives have grade 0,
-    and are hard negatives in the train split.
+    and are hard negatives in the train split. The lines of a split with the same query are joined, and the highest
+    grade of a document counts.
 
     Every file may be compressed as .gz or .zst, and may be one JSON list instead of JSON lines.
     """
+
+    keep: ClassVar[str] = "highest"
 
     train_until: int | None = option(
         None,
@@ -57,12 +61,12 @@ class JsonlReader(FolderReader, SinkReader):
 
     def write(self, sink: Sink, bad: BadLines) -> None:
         years = self._write_corpus(sink, bad)
-        splits = self._split_files()
+        splits, ids = self._split_files(), dict[str, str]()
         warn_of_unread_files(self.root, "*.json*", [self._corpus_file(), *splits.values()])
         for split, path in splits.items():
             for row in read_records(path, bad):
                 with row:
-                    self._add_example(row, split, sink, years)
+                    self._add_example(row, split, sink, years, ids)
             if self.train_until is None and not sink.has(split):
                 raise UserError(f"{path}: the {split} split is empty")
         if not any(sink.has(split) for split in SPLITS):
@@ -83,22 +87,20 @@ class JsonlReader(FolderReader, SinkReader):
             raise UserError(f"{self._corpus_file()}: contains no documents")
         return years
 
-    def _add_example(self, row: Row, split: str, sink: Sink, years: Mapping[str, int]) -> None:
+    def _add_example(self, row: Row, split: str, sink: Sink, years: Mapping[str, int], ids: dict[str, str]) -> None:
+        """Write the query and judgements of a line. ids: ids of queries that are texts, by split and content_id."""
         query, grades = _read_example(row, split, sink)
+        if query.id not in sink.documents:
+            first = ids.setdefault(f"{split}.{content_id(query.title, query.text)}", query.id)
+            query = replace(query, id=first)
         if self.train_until is not None:
             if query.id not in years:
                 raise UserError(f"train_until: query {query.id!r} must be a corpus document with a year")
             split = split_of(query.id, self.dev_percent, 0, years[query.id], self.train_until)
         if query.id not in sink.queries:
             sink.add_query(query)
-        errors = []
         for document, grade in grades.items():
-            try:
-                sink.add_judgement(split, query.id, document, grade)
-            except UserError as error:  # an earlier line gave the pair a different grade, which is kept
-                errors.append(error)
-        if errors:
-            raise errors[0]
+            sink.add_judgement(split, query.id, document, grade)
 
 
 def _read_example(row: Row, split: str, sink: Sink) -> tuple[Document, dict[str, int]]:

@@ -282,10 +282,12 @@ def test_queries_of_a_file_find_papers(tmp_path):
         "ids of papers that are not in the files": 2,
         "queries without a positive in the files": 1,
     }
-    (tmp_path / "queries.csv").write_text("query,positives,split\ngraphs,W1;W2,train\n")
+    (tmp_path / "queries.csv").write_text(
+        "query,positives,negatives,split\ngraphs,W1;W2,,train\ngraphs,W3;W2,W1;W4,train\n"
+    )
     imported(tmp_path / "works.jsonl", tmp_path / "csv", f"search={tmp_path / 'queries.csv'}")
     collection = BeirReader(str(tmp_path / "csv" / "search")).read()
-    assert collection.qrels == {"train": {"query.1": {"W1": 1, "W2": 1}}}
+    assert collection.qrels == {"train": {"query.1": {"W1": 1, "W2": 1, "W3": 1, "W4": 0}}}
 
 
 @pytest.mark.parametrize(

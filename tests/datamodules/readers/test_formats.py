@@ -10,6 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from datamodules.batches import BatchOptions
+from datamodules.conversion import stored
 from datamodules.readers.beir_hub import BeirHubReader
 from datamodules.readers.csfcube import CsfCubeReader
 from datamodules.readers.doris_mae import DorisMaeReader
@@ -34,6 +35,40 @@ def test_jsonl_file_may_be_one_list(tmp_path):
     collection = JsonlReader(str(tmp_path)).read()
     assert list(collection.corpus) == ["d1", "2"]
     assert collection.qrels == {"test": {"test.1": {"2": 1}}}
+
+
+def test_lines_with_the_same_query_are_joined(tmp_path):
+    """In a file with one line per pair, the positives of one line were negatives of the others."""
+    put(tmp_path / "corpus.jsonl", *({"id": id, "text": id} for id in "abcd"))
+    text, other = {"title": "t", "text": "w"}, {"title": "t w", "text": ""}
+    put(
+        tmp_path / "train.jsonl",
+        {"query": "w", "positives": ["a"], "negatives": ["b", "d"]},
+        {"query": text, "positives": ["a"]},
+        {"query": "a", "positives": {"b": 1}, "negatives": ["c"]},
+        {"query": "w", "positives": {"b": 2}, "negatives": ["a"]},
+        {"query": other, "positives": ["d"]},
+        {"query": text, "positives": ["c"]},
+        {"query": "a", "positives": {"c": 1, "b": 3}},
+    )
+    put(tmp_path / "test.jsonl", {"query": "w", "positives": ["c"]}, {"query": "w", "positives": ["d"]})
+    reader = JsonlReader(str(tmp_path))
+    expected = {
+        "train": {"train.1": {"a": 1, "b": 2, "d": 0}, "train.2": {"a": 1, "c": 1}, "a": {"b": 3, "c": 1}}
+        | {"train.5": {"d": 1}},
+        "test": {"test.1": {"c": 1, "d": 1}},
+    }
+    actual = stored(reader, tmp_path / "cache")
+    assert {split: actual.judged(split)[1] for split in actual.splits} == reader.read().qrels == expected
+    assert list(actual.queries) == list(reader.read().queries) == ["train.1", "train.2", "a", "train.5", "test.1"]
+    assert [e.positives for e in actual.table(False)[1]] == [(0, 1), (0, 2), (1, 2), (3,)]
+
+    a, b, c = ({"title": "", "text": id, "psg_id": id} for id in "abc")
+    first = {"question": "w", "positive_ctxs": [a], "hard_negative_ctxs": [b, c]}
+    put(tmp_path / "dpr.json", [first, {"question": "w", "positive_ctxs": [b], "hard_negative_ctxs": [a]}])
+    collection = DprReader(train=str(tmp_path / "dpr.json")).read()
+    assert collection.qrels == {"train": {"train.1": {"a": 1, "b": 1, "c": 0}}}
+    assert list(collection.queries) == ["train.1"]
 
 
 def test_dpr_passages_without_ids_and_questions_without_positives(tmp_path, caplog):
