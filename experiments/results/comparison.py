@@ -137,7 +137,7 @@ def _read_rows(path: Path, count: int, column: int, kind: Callable[[str], Any]) 
 
 
 def open_systems(key: str, names: Sequence[str], packages: Sequence[str] = ()) -> list[MeasuredSystem]:
-    """Open FOLDER or FOLDER:SYSTEM for each seed of a system.
+    """Open FOLDER or FOLDER:SYSTEM for each seed of a system. If all are runs, they are sorted by their seeds.
 
     SYSTEM is by default a run's trained encoder, or the only system of an evaluation.
     key: option with the names, for error messages. packages: packages that the user allows.
@@ -145,6 +145,8 @@ def open_systems(key: str, names: Sequence[str], packages: Sequence[str] = ()) -
     systems = [dataclasses.replace(_open_system(key, name), packages=tuple(packages)) for name in names]
     if len({(system.folder.resolve(), system.system) for system in systems}) < len(systems):
         raise UserError(f"{key}: the same system is named twice in {','.join(names)}")
+    if seeds := seeds_of(systems):
+        systems = [systems[i] for i in np.argsort(seeds)]
     return systems
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -103,12 +104,22 @@ def test_seeds_are_averaged_for_each_query(tmp_path):
 def test_runs_with_the_same_seeds_are_compared_seed_by_seed(tmp_path):
     """Two copies of three runs: what a seed does cancels if the seeds are paired, and not otherwise."""
     folders = [measured(tmp_path / f"run{seed}", (0.2, 0.5, 0.8)[seed], seed) for seed in range(3)]
+
+    def compared_with(names, seeds):
+        for folder, seed in zip(folders, seeds, strict=True):
+            content = json.loads((folder / "results.json").read_text())
+            path = shutil.copytree(folder, folder.with_name(f"copy of {folder.name}"), dirs_exist_ok=True)
+            (path / "results.json").write_text(json.dumps(content | RUN | {"seed": seed}))
+        copies = ",".join(str(tmp_path / f"copy of run{i}") for i in names)
+        return compared(tmp_path, ",".join(map(str, folders)), copies)["benchmarks"]["generated"]
+
     for seed, folder in enumerate(folders):
         content = json.loads((folder / "results.json").read_text())
         (folder / "results.json").write_text(json.dumps(content | RUN | {"seed": seed}))
-    a, b = ",".join(map(str, folders)), ",".join(map(str, reversed(folders)))
-    paired, unpaired = (compared(tmp_path, a, other)["benchmarks"]["generated"] for other in (a, b))
-    assert (paired["low"], paired["high"]) == pytest.approx((0, 0), abs=1e-12)
+    for names in ((0, 1, 2), (2, 0, 1)):
+        paired = compared_with(names, seeds=(0, 1, 2))
+        assert (paired["low"], paired["high"]) == pytest.approx((0, 0), abs=1e-12)
+    unpaired = compared_with((0, 1, 2), seeds=(1, 2, 3))
     assert unpaired["high"] - unpaired["low"] > 0.1
 
 
