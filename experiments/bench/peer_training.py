@@ -35,11 +35,16 @@ class BenchOptions(ExperimentOptions):
     """Train sentence-transformers on the pairs of an experiment.
 
     It starts from the experiment's weights, and trains on the same pairs with the same batch size, number of steps,
-    learning rate and warmup. Its multi-dataset trainer takes the tasks in turns, one data set per task. Batches have no
-    duplicates. The experiment must not have experts; vanilla works.
+    learning rate and warmup. Batches have no duplicates. The experiment must not have experts; vanilla works.
     """
 
     output: Path = option(help="new folder for the model, in the format of sentence-transformers")
+    batches: str = option(
+        "task",
+        "task: one data set per task, in turns, whose batches mix the collections; collection: one data set per "
+        "collection, in proportion to their pairs",
+        choices=("task", "collection"),
+    )
     guide: str | None = option(None, "guide model: train with GISTEmbedLoss instead of MultipleNegativesRankingLoss")
     device: str = option("auto", DEVICES)
 
@@ -59,22 +64,27 @@ def main(arguments: Sequence[str]) -> None:
         model = SentenceTransformer(str(Path(start) / "start"), device=str(device))
         model.max_seq_length = config.data.max_length
         began = time.monotonic()
-        _train(model, config, data, options.guide, device.type == "cpu", start)
+        _train(model, config, data, options, device.type == "cpu", start)
         log.info("%d steps in %.0f s", config.trainer.max_steps, time.monotonic() - began)
         model.save_pretrained(str(folder))
     log.info("The model is in %s", relative_path(options.output))
 
 
-def pairs_of(config: Config, data: MultiTaskDataModule) -> dict[str, dict[str, list[str]]]:
-    """Return task -> columns in batch order: anchor, positive, and negative if every query has one."""
-    separator = data.tokenizer.sep_token
+def pairs_of(config: Config, data: MultiTaskDataModule, by_collection: bool = False) -> dict[str, dict[str, list[str]]]:
+    """Return task -> columns in batch order: anchor, positive, and negative if every query has one.
+
+    by_collection: return TASK.COLLECTION -> columns.
+    """
+    separator, tasks = data.tokenizer.sep_token, {task.task.name: task for task in data.tasks}
     pairs: dict[str, dict[str, list[str]]] = {}
     steps = config.trainer.max_steps * config.trainer.accumulate_grad_batches
     data.options = dataclasses.replace(data.options, num_batches=steps)
     for batch in data.train_dataloader():
         texts = [input_text(document, separator) for document in batch.texts]
-        columns = pairs.setdefault(batch.task, {"anchor": [], "positive": [], "negative": []})
         for row, query in enumerate(batch.queries.tolist()):
+            collection = tasks[batch.task].collection_of(int(batch.rows[query]))
+            key = f"{batch.task}.{collection}" if by_collection else batch.task
+            columns = pairs.setdefault(key, {"anchor": [], "positive": [], "negative": []})
             columns["anchor"].append(texts[query])
             for name, chosen in (("positive", batch.positives), ("negative", batch.hard_negatives)):
                 columns[name] += [texts[batch.documents[c]] for c in chosen[row].tolist() if c >= 0][:1]
@@ -84,7 +94,9 @@ def pairs_of(config: Config, data: MultiTaskDataModule) -> dict[str, dict[str, l
     return pairs
 
 
-def _train(model: Any, config: Config, data: MultiTaskDataModule, guide: str | None, on_cpu: bool, folder: str) -> None:
+def _train(
+    model: Any, config: Config, data: MultiTaskDataModule, options: BenchOptions, on_cpu: bool, folder: str
+) -> None:
     from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformer,
@@ -93,12 +105,12 @@ def _train(model: Any, config: Config, data: MultiTaskDataModule, guide: str | N
     )
     from transformers import TrainerCallback
 
-    temperature = config.objective.temperature
-    if guide is None:
+    temperature, by_collection = config.objective.temperature, options.batches == "collection"
+    if options.guide is None:
         loss = losses().MultipleNegativesRankingLoss(model, scale=1 / temperature)
     else:
         loss = losses().GISTEmbedLoss(
-            model, SentenceTransformer(guide, device=str(model.device)), temperature=temperature
+            model, SentenceTransformer(options.guide, device=str(model.device)), temperature=temperature
         )
     settings = SentenceTransformerTrainingArguments(
         output_dir=folder,
@@ -109,7 +121,7 @@ def _train(model: Any, config: Config, data: MultiTaskDataModule, guide: str | N
         weight_decay=config.optim.weight_decay,
         max_grad_norm=config.trainer.gradient_clip_val or 0.0,
         batch_sampler="no_duplicates",
-        multi_dataset_batch_sampler="round_robin",
+        multi_dataset_batch_sampler="proportional" if by_collection else "round_robin",
         bf16=not on_cpu,
         use_cpu=on_cpu,
         seed=config.run.seed,
@@ -123,7 +135,8 @@ def _train(model: Any, config: Config, data: MultiTaskDataModule, guide: str | N
         def on_step_end(self, *_: Any, **__: Any) -> None:
             progress.advance(1)
 
-    datasets = {task: Dataset.from_dict(columns) for task, columns in pairs_of(config, data).items()}
+    pairs = pairs_of(config, data, by_collection)
+    datasets = {name: Dataset.from_dict(columns) for name, columns in pairs.items()}
     trainer = SentenceTransformerTrainer(
         model=model, args=settings, train_dataset=datasets, loss=loss, callbacks=[Progress()]
     )

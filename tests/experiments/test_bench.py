@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import experiments.bench
-from datamodules.records import UserError
+from datamodules.readers.beir import write_beir
+from datamodules.records import Collection, Document, UserError
 from datamodules.text import input_text
 from experiments.__main__ import benches
 from experiments.bench import grad_cache, sharding
@@ -104,6 +105,26 @@ def test_the_peer_trains_on_the_pairs_of_the_batches():
         assert ("negative" in columns) == all(example.hard_negatives for example in task.examples)
 
 
+def test_the_peer_may_have_a_data_set_per_collection(tmp_path):
+    for name, first in (("a", 0), ("b", 20)):
+        corpus = {f"{name}{i}": Document(f"{name}{i}", f"paper {first + i}", "") for i in range(20)}
+        queries = {f"q{i}": Document(f"q{i}", "", f"query {first + i}") for i in range(20)}
+        write_beir(
+            Collection(corpus, queries, {"train": {f"q{i}": {f"{name}{i}": 1} for i in range(20)}}), tmp_path / name
+        )
+    settings = ["tasks=[search]", f"task.search.data=[{tmp_path / 'a'}, {tmp_path / 'b'}]", "data.cache=null"]
+    small = [setting for setting in TINY if "num_papers" not in setting]
+    config = load_config("vanilla", [*small, *settings, "trainer.max_steps=5"])
+    data = build_data(config, training=True)
+    data.options = dataclasses.replace(data.options, carry_texts=True, num_workers=0)
+    build_module(config, data)
+    pairs = pairs_of(config, data, by_collection=True)
+    assert {name: len(columns["anchor"]) for name, columns in pairs.items()} == {"search.a": 24, "search.b": 16}
+    for name, columns in pairs.items():
+        papers = {columns["positive"][i].removeprefix("paper ") for i in range(len(columns["positive"]))}
+        assert papers <= set(map(str, range(20) if name == "search.a" else range(20, 40)))
+
+
 @pytest.mark.slow
 def test_the_trained_peer_is_a_model_like_any_other(tmp_path):
     pytest.importorskip("sentence_transformers")
@@ -111,6 +132,7 @@ def test_the_trained_peer_is_a_model_like_any_other(tmp_path):
     for steps in (1, 3):
         folders.append(tmp_path / f"steps{steps}")
         settings = ["vanilla", *TINY, f"trainer.max_steps={steps}", f"output={folders[-1]}", "device=cpu"]
+        settings.append(f"batches={'task' if steps == 1 else 'collection'}")
         importlib.import_module("experiments.bench.peer_training").main(settings)
     vectors = [load_encoder(folder).encode(["one text"], "search") for folder in folders]
     assert torch.isfinite(vectors[1]).all()
