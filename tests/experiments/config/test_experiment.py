@@ -37,12 +37,17 @@ def test_every_experiment_loads_at_every_scale():
             assert config.tasks == own.get(experiment, ["classification", "link_prediction", "search"])
 
 
-@pytest.mark.parametrize("study", ["papers", "transfer_back"])
-def test_best_is_the_recipe_that_the_studies_measured(study):
-    job = next(job for job in read_study(study).jobs if job.arm == "mined_anchored")
+@pytest.mark.parametrize(
+    ("study", "arm", "number"), [("papers", "mined_anchored_positives", 3), ("transfer_back", "mined_anchored", 1)]
+)
+def test_best_is_the_recipe_that_the_studies_measured(study, arm, number):
+    job = next(job for job in read_study(study).jobs if job.arm == arm)
     (_, experiment, *settings), _ = job.commands
     settings = [setting for setting in settings if not setting.startswith("task.")]  # their folders do not exist here
-    shared = [setting for setting in settings if not setting.startswith(("mining.", "objective."))]
+    shared = [
+        setting for setting in settings if not setting.startswith(("mining.", "objective.", "data.num_positives"))
+    ]
+    shared += ["data.num_positives=1"] if number == 1 else []
     best, measured = (as_dict(load_config(*recipe)) for recipe in (("best", shared), (experiment, settings)))
     assert best | {"experiment": experiment} == measured
 
