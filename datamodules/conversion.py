@@ -22,9 +22,8 @@ from datamodules.store import BATCH_ROWS, FIELDS, StoredCollection, StoredDocume
 
 log = logging.getLogger(__name__)
 
-VERSION = (
-    6  # version of the layout, and of what readers make of files; collections in any other version are converted again
-)
+# Version of the layout, and of what readers make of files. Collections in any other version are converted again.
+VERSION = 6
 PATHS = ("folder", "source", "judgements", "train", "dev", "test")  # reader arguments that can be relative paths
 
 

@@ -83,10 +83,8 @@ class DprReader(LineReader):
                     left_out += 1
                     continue
                 id = ids.setdefault(query.text, query.id)
-                grades = qrels.setdefault(id, {})
-                for passage in (passage for key in negatives for passage in passages[key]):
-                    grades.setdefault(passage.id, 0)
-                grades |= {passage.id: 1 for passage in passages[POSITIVES]}
+                grades = {passage.id: 0 for key in negatives for passage in passages[key]} | qrels.get(id, {})
+                qrels[id] = grades | {passage.id: 1 for passage in passages[POSITIVES]}
                 queries.setdefault(id, query)
         if left_out:
             log.warning("%s: left out %d questions without a positive passage", path, left_out)
