@@ -299,7 +299,6 @@ def real_training(workload: Workload, folder: Path) -> float:
         "data.cache": folder / "cache",
         "data.batch_size": workload.queries,
         "data.max_length": workload.max_length,
-        "data.token_budget": 65536 if workload.device.type == "cuda" else 2048,
         "data.on_leak": "ignore",
         "backbone.name": folder / "backbone",
         "backbone.dropout": 0.0,

@@ -15,7 +15,7 @@ from datamodules.schedule import Phase, check_phases, checked_weights, task_weig
 from datamodules.tasks import KINDS, CollectionError, TaskDataModule
 from experiments.build.leaks import handle_leaks
 from experiments.build.mining import add_rounds
-from experiments.build.models import ranks_of
+from experiments.build.models import device_of, ranks_of
 from experiments.config.experiment import folder_of
 from experiments.config.schema import Config, TaskConfig
 from experiments.config.targets import instantiate
@@ -25,6 +25,7 @@ from lightning_modules.objective_options import ObjectiveOptions
 log = logging.getLogger(__name__)
 
 SAMPLE = "datamodules.sample."
+TOKEN_BUDGETS = {"cpu": 2048, "cuda": 32768}  # a GPU is idle between small chunks, and large ones need much memory
 
 
 def build_data(config: Config, training: bool = False) -> MultiTaskDataModule:
@@ -56,7 +57,7 @@ def batch_options(config: Config) -> BatchOptions:
         batch_tokens=settings.batch_tokens,
         num_batches=config.trainer.max_steps * batches_per_step(config),
         max_length=settings.max_length,
-        token_budget=settings.token_budget,
+        token_budget=settings.token_budget or TOKEN_BUDGETS[device_of(config).type],
         num_positives=settings.num_positives,
         num_hard_negatives=settings.num_hard_negatives,
         collection_temperature=settings.collection_temperature,

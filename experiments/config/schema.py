@@ -66,7 +66,12 @@ class DataConfig:
         maximum=1_000_000_000,
     )
     max_length: int = option(256, "maximum number of tokens of a text: [CLS], at least one word, [SEP]", minimum=3)
-    token_budget: int = option(16384, "maximum number of tokens per forward pass", minimum=1)
+    token_budget: int | None = option(
+        None,
+        "maximum number of tokens per forward pass; by default 2,048 on a CPU, and on a GPU 32,768 in training and "
+        "65,536 without gradients",
+        minimum=1,
+    )
     num_positives: int = option(1, "maximum number of positives per query, sampled by grade", minimum=1, maximum=10_000)
     num_hard_negatives: int = option(1, "maximum number of hard negatives per query", minimum=0, maximum=10_000)
     collection_temperature: float = option(

@@ -32,7 +32,7 @@ class Evaluation(L.Callback):
 
     metrics: names of the metrics; the first one chooses the best checkpoint.
     every_n_steps: number of optimizer steps between evaluations.
-    token_budget: maximum number of tokens per forward pass.
+    token_budget: maximum number of tokens per forward pass; None: what is fast on the device.
     path: file of the best checkpoint.
     patience: stop training after this many evaluations in a row without a new best mean; 0: never.
     """
@@ -42,7 +42,7 @@ class Evaluation(L.Callback):
         benchmarks: Sequence[Benchmark],
         metrics: Sequence[str],
         every_n_steps: int,
-        token_budget: int,
+        token_budget: int | None,
         path: Path,
         patience: int = 0,
     ):

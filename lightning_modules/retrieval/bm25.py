@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Sequence
+from types import ModuleType
 
 import numpy as np
 
@@ -15,10 +17,7 @@ class Bm25Index:
     """BM25 index of M documents."""
 
     def __init__(self, documents: Iterable[Document]):
-        import bm25s
-
-        logging.getLogger("bm25s").setLevel(logging.WARNING)  # the import sets it to DEBUG
-        words = _tokenize(documents)
+        bm25s, words = _library(), _tokenize(documents)
         self.index = bm25s.BM25() if words.vocab else None  # None if no document has any words
         if self.index is not None:
             self.index.index(words, show_progress=False)
@@ -32,7 +31,8 @@ class Bm25Index:
         """
         if self.index is None or not len(queries):
             return np.full((len(queries), k), -1), np.zeros((len(queries), k))
-        rows, scores = self.index.retrieve(_tokenize(queries), k=k, show_progress=False, n_threads=1)
+        words = _tokenize(queries)
+        rows, scores = self.index.retrieve(words, k=k, show_progress=False, n_threads=1, backend_selection="numpy")
         return np.where(scores > 0, rows.astype(np.int64), -1), scores
 
     def scores(self, queries: Iterable[Document], rows: np.ndarray) -> np.ndarray:
@@ -46,8 +46,24 @@ class Bm25Index:
         return scores
 
 
-def _tokenize(documents: Iterable[Document], return_ids: bool = True):
-    import bm25s
+def _library() -> ModuleType:
+    """Import bm25s. It imports JAX if that is installed, and JAX then reserves three quarters of a GPU's memory.
 
+    So JAX cannot be imported while bm25s is, unless the program already uses it.
+    """
+    hidden = "jax" not in sys.modules
+    if hidden:
+        sys.modules["jax"] = None  # type: ignore[assignment]
+    try:
+        import bm25s
+    finally:
+        if hidden:
+            del sys.modules["jax"]
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # the import sets it to DEBUG
+    return bm25s
+
+
+def _tokenize(documents: Iterable[Document], return_ids: bool = True):
+    bm25s = _library()
     texts = [input_text(document, " ") for document in documents]
     return bm25s.tokenize(texts, stopwords="en", show_progress=False, return_ids=return_ids)

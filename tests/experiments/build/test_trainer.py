@@ -9,6 +9,7 @@ from lightning.fabric import accelerators as fabric
 from lightning.pytorch.accelerators import CPUAccelerator, MPSAccelerator
 
 from datamodules.records import UserError
+from experiments.build.data import batch_options
 from experiments.build.trainer import build_trainer, check_ranks
 from experiments.config.experiment import load_config
 from tests.lightning_modules.distributed.test_signals import LAUNCH
@@ -60,3 +61,13 @@ def test_the_gpu_of_a_mac_is_not_used(mac, make_encoder, tmp_path):
     assert MPSAccelerator.is_available()
     trainer = build_trainer(load_config("moe", ["scale=sample"]), make_encoder(), [], [], tmp_path, "fp32")
     assert isinstance(trainer.accelerator, CPUAccelerator)
+
+
+@pytest.mark.parametrize(("settings", "cpu", "cuda"), [([], 2048, 32768), (["data.token_budget=4096"], 4096, 4096)])
+def test_chunks_suit_the_device_unless_their_size_is_set(settings, cpu, cuda, monkeypatch):
+    """Chunks of the size that suits a CPU left a GPU idle most of the time."""
+    for scale in ("sample", "small", "paper"):
+        config = load_config("moe", [f"scale={scale}", *settings])
+        for device, tokens in (("cpu", cpu), ("cuda", cuda)):
+            monkeypatch.setattr("experiments.build.data.device_of", lambda _, device=device: torch.device(device))
+            assert batch_options(config).token_budget == tokens

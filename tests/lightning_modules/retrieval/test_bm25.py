@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from datamodules.readers.beir import BeirReader
-from datamodules.records import Benchmark
+from datamodules.records import Benchmark, Document
+from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.evaluation import measure
 from lightning_modules.retrieval.metrics import sorted_run
 from lightning_modules.retrieval.ranking import rank_bm25
@@ -55,3 +57,20 @@ def test_bm25_metrics_are_within_two_points_of_another_implementation(name):
     ours, other = (measure(run, benchmark, metrics) for run in (rank_bm25(benchmark, 100), by_numpy(benchmark, 100)))
     for metric in metrics:
         assert ours[metric] == pytest.approx(other[metric], abs=0.02), (metric, ours, other)
+
+
+def test_bm25_does_not_import_jax(tmp_path, monkeypatch):
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").touch()
+    (tmp_path / "jax" / "lax.py").write_text("def top_k(*_): raise AssertionError('it would take the GPU memory')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] in ("bm25s", "jax")]:
+        monkeypatch.delitem(sys.modules, name)
+    documents = [Document("a", "red fox", ""), Document("b", "blue whale", "")]
+    index = Bm25Index(documents)
+    assert "jax" not in sys.modules
+    import jax  # a program can still import it, before or after
+
+    rows, _ = index.top_k([Document("q", "the blue whale", "")], 1)
+    assert rows.tolist() == [[1]]
+    del sys.modules[jax.__name__]
