@@ -93,7 +93,7 @@ def main(arguments: Sequence[str]) -> None:
         workload = build_workload(options, device, Path(folder))
         results = Results(workload)
         if peer_version():
-            importlib.import_module("sentence_transformers")  # takes long, and is no part's time
+            importlib.import_module("sentence_transformers")  # slow, so not within the time of a part
         try:
             run_parts(options, workload, results)
         finally:  # Ctrl-C keeps what was measured
