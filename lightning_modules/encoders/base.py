@@ -244,15 +244,18 @@ class Encoder(nn.Module):
     def casting(self) -> Iterator[None]:
         """Under autocast, cast the weights of linear layers once, instead of in each layer of each chunk.
 
-        Embeddings and LayerNorm stay in float32. Does nothing for sharded encoders, which do not have whole weights.
+        In inference mode, also cast the LayerNorms of BERT's layers. Embeddings stay in float32. Does nothing for
+        sharded encoders, which do not have whole weights.
         """
         device = self.device.type
         if self.sharded or self._weights or not torch.is_autocast_enabled(device):
             yield
             return
         dtype = torch.get_autocast_dtype(device)
-        linear = (module for module in self.modules() if isinstance(module, nn.Linear))
-        weights: dict[Tensor, Tensor] = {w: w.to(dtype) for module in linear for w in module.parameters()}
+        modules: list[nn.Module] = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        if torch.is_inference_mode_enabled():  # not in the first pass of GradCache, which must equal the second
+            modules += [norm for family in self._families() for norm in family.half_norms()]
+        weights: dict[Tensor, Tensor] = {w: w.to(dtype) for module in modules for w in module.parameters()}
         with self._with_weights(weights):
             yield
 
@@ -277,9 +280,11 @@ class Encoder(nn.Module):
 
     def compile(self, *_: Any, **__: Any) -> None:
         """Compile the parts of the layers. This slows the first batches by about a minute, but speeds up the others."""
-        for value in vars(self).values():
-            if isinstance(value, Family):
-                value.compiled = True
+        for family in self._families():
+            family.compiled = True
+
+    def _families(self) -> list[Family]:
+        return [value for value in vars(self).values() if isinstance(value, Family)]
 
     def _layers(self, indices: range, states: Tensor, context: AttentionContext, condition: Condition) -> Tensor:
         """Compute layers one after the other, from states (T, D)."""

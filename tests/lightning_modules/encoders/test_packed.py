@@ -239,12 +239,24 @@ def test_bfloat16_is_near_float32(make, family, variant):
     expected, expected_gradients = run(encoder, tokens)
     with torch.autocast("cpu", torch.bfloat16):
         vectors, gradients = run(encoder, tokens)
+        with torch.inference_mode():
+            inferred = encoder(tokens, "search")
     assert F.cosine_similarity(vectors.float(), expected).min() > 0.9995
+    assert F.cosine_similarity(inferred.float(), expected).min() > 0.9995
     assert gradients.keys() == expected_gradients.keys()
     ours = torch.cat([gradient.flatten() for gradient in gradients.values()])
     theirs = torch.cat([expected_gradients[name].flatten() for name in gradients])
     assert all(gradient.dtype == torch.float32 for gradient in gradients.values())
     assert (ours - theirs).norm() / theirs.norm() < 2e-2
+
+
+def test_norms_are_only_cast_in_inference_mode(make):
+    """Both passes of GradCache must compute the same vectors, although the first one has no gradients."""
+    encoder = make("ffn experts")
+    norms = [module for module in encoder.modules() if isinstance(module, nn.LayerNorm)]
+    for mode, types in ((torch.no_grad, {torch.float32}), (torch.inference_mode, {torch.float32, torch.bfloat16})):
+        with mode(), torch.autocast("cpu", torch.bfloat16), encoder.casting():
+            assert {norm.weight.dtype for norm in norms} == types, "that of the embeddings stays in float32"
 
 
 def test_positions_of_roberta_start_after_the_padding_id_in_every_packed_text(make):
@@ -368,7 +380,8 @@ def test_gradient_checkpointing_recomputes_with_the_cast_weights(make, family):
 
 def test_weights_are_cast_once_for_all_chunks(make, monkeypatch):
     encoder = make("shared").eval()
-    linear = [p for module in encoder.modules() if isinstance(module, nn.Linear) for p in module.parameters()]
+    norms = encoder.family.half_norms()
+    weights = [p for m in encoder.modules() if isinstance(m, nn.Linear) or m in norms for p in m.parameters()]
     casts = []
     original = torch.Tensor.to
 
@@ -380,7 +393,7 @@ def test_weights_are_cast_once_for_all_chunks(make, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", to)
     with torch.autocast("cpu", torch.bfloat16):
         encoder.encode(["bara beli"] * 9, "search", token_budget=8)
-    assert len(casts) == len(set(casts)) == len(linear)
+    assert len(casts) == len(set(casts)) == len(weights)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
