@@ -25,7 +25,8 @@ from lightning_modules.objective_options import ObjectiveOptions
 log = logging.getLogger(__name__)
 
 SAMPLE = "datamodules.sample."
-TOKEN_BUDGETS = {"cpu": 2048, "cuda": 32768}  # a GPU is idle between small chunks, and large ones need much memory
+# A GPU is idle between small chunks, and large ones need much memory.
+TRAINING_TOKEN_BUDGETS = {"cpu": 2048, "cuda": 32768}
 
 
 def build_data(config: Config, training: bool = False) -> MultiTaskDataModule:
@@ -57,7 +58,7 @@ def batch_options(config: Config) -> BatchOptions:
         batch_tokens=settings.batch_tokens,
         num_batches=config.trainer.max_steps * batches_per_step(config),
         max_length=settings.max_length,
-        token_budget=settings.token_budget or TOKEN_BUDGETS[device_of(config).type],
+        token_budget=settings.token_budget or TRAINING_TOKEN_BUDGETS[device_of(config).type],
         num_positives=settings.num_positives,
         num_hard_negatives=settings.num_hard_negatives,
         collection_temperature=settings.collection_temperature,

@@ -505,5 +505,5 @@ def test_a_small_study_trains_evaluates_and_writes_its_page(tmp_path):
 def test_pages_of_the_documentation_are_made_from_their_files(path):
     content = json.loads(path.read_text())
     assert path.with_suffix(".md").read_text() == page(content, f"{path.stem}.svg")
-    if content["gains"]:  # otherwise, there is no plot
+    if content["gains"]:  # the plot shows gains over the start
         assert path.with_suffix(".svg").read_text() == plot_of(content)
