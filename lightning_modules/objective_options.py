@@ -55,7 +55,8 @@ class VectorTeacherOptions:
         "forgetting), or a run, checkpoint, folder or hub name",
     )
     weight: Any = option(
-        1.0, "weight of the distance from the teacher's vectors, or one per task; InfoNCE has weight 1"
+        1.0,
+        "weight of the distance from the teacher's vectors, or one per task (by default 1); InfoNCE has weight 1",
     )
     loss: Literal["l2", "cosine"] = option("l2", "distance: the squared L2 distance, or 1 - cosine")
     asymmetric: bool = option(
@@ -67,7 +68,8 @@ class VectorTeacherOptions:
 
     def weight_of(self, task: str) -> float:
         """Return the weight of a task, 0 without a teacher."""
-        return 0.0 if not self.model else self.weight[task] if isinstance(self.weight, Mapping) else self.weight
+        weight = self.weight.get(task, 1.0) if isinstance(self.weight, Mapping) else self.weight
+        return weight if self.model else 0.0
 
     def is_used_for(self, task: str) -> bool:
         """Return whether batches of a task need the teacher's vectors."""
@@ -178,6 +180,8 @@ def check_objective(
 def _check_temperature(options: ObjectiveOptions, tasks: Sequence[str], prefix: str) -> None:
     key, temperature, bounds = f"{prefix}temperature", options.temperature, options.temperature_range
     values = _numbers_by_key(key, temperature, tasks, minimum=1e-6)
+    if missing := [task for task in tasks if isinstance(temperature, Mapping) and task not in temperature]:
+        raise UserError(f"{key}: expected a number, or one for each task; there is none for {', '.join(missing)}")
     if isinstance(temperature, Mapping) and options.learn_temperature == "one":
         raise UserError(f"{prefix}learn_temperature: expected per_task with a temperature per task, got one")
     if len(bounds) != 2 or not bounds[0] < bounds[1]:
@@ -195,11 +199,10 @@ def _check_vector_teacher(options: ObjectiveOptions, tasks: Sequence[str], prefi
 
 
 def _numbers_by_key(key: str, value: Any, tasks: Sequence[str], minimum: float) -> dict[str, float]:
-    """Return key -> number of a setting that has one number, or one for each task, after checking them."""
-    if isinstance(value, Mapping) and set(value) != set(tasks):
-        names = ", ".join(map(str, value)) or "no task"
-        raise UserError(f"{key}: expected a number, or one for each of {', '.join(tasks)}; got one for {names}")
-    numbers = {f"{key}.{task}": each for task, each in value.items()} if isinstance(value, Mapping) else {key: value}
+    """Return key -> number of a setting that has one number, or one for some of the tasks, after checking them."""
+    numbers = {key: value}
+    if isinstance(value, Mapping):
+        numbers = {f"{key}.{check_choice(key, task, tasks)}": number for task, number in value.items()}
     for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int | float) or not minimum <= number <= 1e6:
             raise UserError(f"{name}: expected a number of at least {minimum:g} and at most 1e6, got {number!r}")

@@ -27,7 +27,7 @@ from datamodules.options import check_options, option
 from datamodules.records import UserError, check_name
 from experiments.config.arguments import command_of, option_keys, parse_known
 from experiments.config.overrides import check_override, packages_in, parse_override, replaced_data
-from experiments.config.schema import Config, TaskConfig, check_constraints, check_machine
+from experiments.config.schema import Config, TaskConfig, check_constraints, check_machine, settings_by_task
 from experiments.config.structured import (
     LOADER,
     MERGE_ERRORS,
@@ -272,7 +272,8 @@ def _read_task(path: Path, scale: str) -> DictConfig:
 
 
 def _finish(config: DictConfig, packages: Sequence[str], checks_classes: bool = True) -> Config:
-    """Resolve and check the configuration. Tasks that `tasks` does not name are dropped without a check.
+    """Resolve and check the configuration. Tasks that `tasks` does not name are dropped without a check, with all
+    their settings, so that an experiment with settings for three tasks can train two of them.
 
     packages: packages that the user allows. checks_classes: as for load_config; readers are always checked.
     """
@@ -293,6 +294,9 @@ def _finish(config: DictConfig, packages: Sequence[str], checks_classes: bool = 
         )
     _check_tasks(finished, known_tasks)
     finished.task = {name: finished.task[name] for name in finished.tasks}
+    for settings in settings_by_task(finished):
+        for name in set(known_tasks) - set(finished.tasks):
+            settings.pop(name, None)
     check_options(finished)
     check_constraints(finished)
     (check_targets if checks_classes else check_readers)(finished)

@@ -339,6 +339,21 @@ class Config:
     task: dict[str, TaskConfig] = option({}, "settings of each task, from experiments/tasks/<task>.yaml")
 
 
+def settings_by_task(config: Config) -> list[dict[str, Any]]:
+    """Return the settings that have an entry for each of several tasks, except `task` itself."""
+    objective = config.objective
+    nodes = [
+        config.data.weights,
+        *(phase.weights for phase in config.data.curriculum),
+        config.mining.miners,
+        config.mining.judges,
+        objective.task_weights,
+        objective.temperature,
+        objective.vector_teacher.weight,
+    ]
+    return [node for node in nodes if isinstance(node, dict)]
+
+
 def check_constraints(config: Config) -> None:
     """Raise UserError if settings contradict each other."""
     check_metrics("evaluation.metrics", config.evaluation.metrics)

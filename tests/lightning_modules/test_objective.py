@@ -316,7 +316,8 @@ def test_temperature_per_task():
         ({"matryoshka": [4, 4]}, r"matryoshka: expected different numbers, got \[4, 4\]"),
         ({"matryoshka": [4], "matryoshka_weights": [1, 2]}, "expected one per entry of matryoshka, got 2"),
         ({"temperature": "warm"}, "temperature: expected a number of at least 1e-06 and at most 1e6, got 'warm'"),
-        ({"temperature": {"serach": 1}}, "temperature: expected a number, or one for each of search; got .* serach"),
+        ({"temperature": {"serach": 1}}, "temperature: expected one of search, got 'serach'"),
+        ({"temperature": {}}, "temperature: expected a number, or one for each task; there is none for search"),
         (
             {"temperature": 0.2, "learn_temperature": "one", "temperature_range": [0.3, 1]},
             "number in temperature_range",
@@ -329,7 +330,7 @@ def test_temperature_per_task():
         ),
         (
             {"vector_teacher": VectorTeacherOptions("x", {"serach": 1})},
-            "vector_teacher.weight: expected .* got one for se",
+            "vector_teacher.weight: expected one of search, got 'serach'",
         ),
         (
             {"vector_teacher": VectorTeacherOptions("x", {"search": "much"})},

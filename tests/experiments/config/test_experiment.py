@@ -14,7 +14,7 @@ import yaml
 from datamodules.records import UserError
 from experiments.config import experiment as module
 from experiments.config.experiment import as_dict, digest, experiments, from_dict, load_config, scales
-from experiments.config.schema import Config
+from experiments.config.schema import Config, settings_by_task
 from experiments.config.study_file import read_study
 from experiments.config.targets import MOVED, check_target, instantiate, with_first_paths
 
@@ -38,17 +38,24 @@ def test_every_experiment_loads_at_every_scale():
 
 
 @pytest.mark.parametrize(
-    ("study", "arm", "number"), [("papers", "mined_anchored_positives", 3), ("transfer_back", "mined_anchored", 1)]
+    ("study", "arm", "options"),
+    [
+        ("papers", "mined_anchored_lightly", []),
+        ("papers", "mined_anchored_positives", ["objective.vector_teacher.weight=1"]),
+        ("transfer_back", "mined_anchored_lightly", ["data.num_positives=1"]),
+        ("transfer_back", "mined_anchored", ["data.num_positives=1", "objective.vector_teacher.weight=1"]),
+    ],
 )
-def test_best_is_the_recipe_that_the_studies_measured(study, arm, number):
+def test_best_is_the_recipe_that_the_studies_measured(study, arm, options):
+    """options: those that earlier forms of the recipe had."""
     job = next(job for job in read_study(study).jobs if job.arm == arm)
     (_, experiment, *settings), _ = job.commands
     settings = [setting for setting in settings if not setting.startswith("task.")]  # their folders do not exist here
     shared = [
         setting for setting in settings if not setting.startswith(("mining.", "objective.", "data.num_positives"))
     ]
-    shared += ["data.num_positives=1"] if number == 1 else []
-    best, measured = (as_dict(load_config(*recipe)) for recipe in (("best", shared), (experiment, settings)))
+    recipes = (("best", [*shared, *options]), (experiment, settings))
+    best, measured = (as_dict(load_config(*recipe)) for recipe in recipes)
     assert best | {"experiment": experiment} == measured
 
 
@@ -66,9 +73,46 @@ def test_tasks_use_the_data_of_their_scale_below_the_root():
     assert small.task["search"].data["scitldr"]["folder"] == "/somewhere/scitldr"
 
 
-def test_only_named_tasks_are_kept():
-    config = load_config("moe", ["tasks=[search]"])
+BY_TASK = {  # settings with an entry per task -> an entry
+    "data.weights": "2.0",
+    "data.curriculum.weights": "2.0",
+    "mining.miners": "null",
+    "mining.judges": "null",
+    "objective.task_weights": "2.0",
+    "objective.temperature": "2.0",
+    "objective.vector_teacher.weight": "2.0",
+}
+OTHER_MAPPINGS = {
+    *("encoder", "losses", "callbacks", "mining.miner", "mining.judge"),  # nodes
+    *("task", "task.data", "backbone.config", "optim.lr_scale"),
+}
+
+
+def mapping_keys(kind, prefix=""):
+    """Yield the key of each option that can be a mapping with free names, in a dataclass and those inside it."""
+    for name, hint in get_type_hints(kind).items():
+        inner = next((each for each in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(each)), None)
+        if inner:
+            yield from mapping_keys(inner, f"{prefix}{name}.")
+        if hint is typing.Any or typing.get_origin(hint) is dict:
+            yield prefix + name
+
+
+def settings_of(key, names):
+    """Return settings in which `key` has an entry for each of the tasks."""
+    mapping = "{" + ", ".join(f"{name}: {BY_TASK[key]}" for name in names) + "}"
+    if key == "data.curriculum.weights":
+        return [f"data.curriculum=[{{from_step: 2, weights: {mapping}}}]"]
+    return [f"{key}={mapping}"]
+
+
+@pytest.mark.parametrize("key", sorted({*mapping_keys(Config)} - OTHER_MAPPINGS))
+def test_only_named_tasks_are_kept_with_their_settings(key):
+    config = load_config("moe", ["tasks=[search]", *settings_of(key, ["classification", "search"])])
     assert list(config.task) == ["search"]
+    assert [set(each) for each in settings_by_task(config) if each] == [{"search"}]
+    if not key.startswith("data."):  # those are checked with the data
+        assert "serach" in error_of("moe", "tasks=[search]", *settings_of(key, ["search", "serach"]))
 
 
 def test_node_with_another_target_does_not_inherit_arguments():
@@ -179,7 +223,10 @@ def test_digest_depends_on_the_experiment_and_not_on_its_folder():
         ),
         (
             ["moe", "objective.temperature={search: 1}"],
-            ["objective.temperature: expected a number, or one for each of", "got one for search"],
+            [
+                "objective.temperature: expected a number, or one for each task",
+                "there is none for classification, link_prediction",
+            ],
         ),
         (
             ["moe", "tasks=[search]", "objective.temperature={search: -1}"],
