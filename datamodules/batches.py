@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from datamodules.tasks import TaskDataModule
 
 log = logging.getLogger(__name__)
-DEFAULT_NUM_BATCHES = 1000  # without a trainer, or with a trainer that has no max_steps
+DEFAULT_NUM_BATCHES = 1000  # without a trainer, or with one that has max_epochs=1 instead of max_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,15 +319,25 @@ class ContrastiveDataModule(L.LightningDataModule, ABC):
         return ResumableLoader(batches, self.num_batches(), signature, workers, self.rounds, pin_memory=on_gpu)
 
     def num_batches(self) -> int:
-        """Return the number of batches in the training."""
-        if self.options.num_batches:
-            return self.options.num_batches
-        if self.trainer and self.trainer.max_steps > 0:
-            return self.trainer.max_steps * self.trainer.accumulate_grad_batches
-        return DEFAULT_NUM_BATCHES
+        """Return the number of batches in the training. Raises UserError if the trainer would run out of them."""
+        if not self.trainer:
+            return self.options.num_batches or DEFAULT_NUM_BATCHES
+        steps, epochs = self.trainer.max_steps, self.trainer.max_epochs
+        if steps < 0 and epochs != 1:  # the other epochs would be empty, but count in the learning-rate schedule
+            raise UserError(
+                f"max_epochs: expected 1, because the batches of a training are one epoch, got {epochs}; set max_steps"
+            )
+        needed = steps * self.trainer.accumulate_grad_batches
+        count = self.options.num_batches or (needed if steps > 0 else DEFAULT_NUM_BATCHES)
+        if count < needed:  # empty epochs would follow each other forever
+            raise UserError(
+                f"num_batches: expected at least {needed}, as many as the trainer needs for max_steps={steps}, got "
+                f"{count}; leave it out"
+            )
+        return count
 
     def _signature(self, schedule: Schedule, world_size: int) -> dict[str, Any]:
-        """Return everything that determines the batches, except the step. Checkpoints store it, so keep its keys."""
+        """Return everything that determines the examples of a step. Checkpoints store it, so keep its keys."""
         signature = {
             "seed": self.options.seed,
             # The global size, so that a run can resume with the same batches on a different number of ranks.

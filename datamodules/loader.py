@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.cores import available_cores
 from datamodules.hard_negatives import Rounds
 from datamodules.packed import ContrastiveBatch
-from datamodules.records import UserError
+from datamodules.records import UserError, changes
 
 MAX_WORKERS = 4  # maximum per rank, unless the user asks for more
 
@@ -105,12 +105,7 @@ class ResumableLoader:
         return {"position": self.position, "signature": self.signature} | rounds
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        changed = [
-            f"{key}: {state['signature'].get(key)} in the checkpoint, {value} now"
-            for key, value in self.signature.items()
-            if state["signature"].get(key) != value
-        ]
-        if changed:
+        if changed := changes(state["signature"], self.signature):
             raise UserError(
                 f"cannot resume at the exact batch: the schedule differs from the checkpoint's ({'; '.join(changed)}). "
                 "Restore the old values, or start a new training from the checkpoint's weights. With another number of "

@@ -162,7 +162,8 @@ def with_features(encoder, documents: Sequence[Document], size: int = 3):
 def trainer_on(device: str = "cpu", global_rank: int = 0, world_size: int = 1) -> SimpleNamespace:
     """Return what a data module reads of its trainer."""
     strategy = SimpleNamespace(root_device=torch.device(device))
-    return SimpleNamespace(global_rank=global_rank, world_size=world_size, num_devices=world_size, strategy=strategy)
+    ranks = {"global_rank": global_rank, "world_size": world_size, "num_devices": world_size, "strategy": strategy}
+    return SimpleNamespace(**ranks, max_steps=-1, max_epochs=1, accumulate_grad_batches=1)
 
 
 def unused_port() -> int:

@@ -19,6 +19,7 @@ from datamodules.schedule import mix
 from datamodules.tasks import KINDS, ClassificationDataModule, LinkPredictionDataModule, SearchDataModule
 from datamodules.text import input_text
 from tests.conftest import text_of, toy_collection, trainer_on
+from tests.lightning_modules.quiet_trainer import quiet_trainer
 
 
 def batches(data, steps=3):
@@ -348,7 +349,7 @@ def test_loader_state_is_a_position_and_a_signature(make_task):
 
 def test_state_with_another_batch_size_raises_user_error(make_task):
     state = make_task(SearchDataModule, batch_size=4).train_dataloader().state_dict()
-    with pytest.raises(UserError, match="batch_size: {'search': 4} in the checkpoint, {'search': 2} now"):
+    with pytest.raises(UserError, match="batch_size: {'search': 4} then, {'search': 2} now"):
         make_task(SearchDataModule, batch_size=2).train_dataloader().load_state_dict(state)
 
 
@@ -359,6 +360,34 @@ def test_state_of_changed_data_raises_user_error(make_task):
     changed = make_task(SearchDataModule, collection=Collection(corpus, collection.queries, collection.qrels))
     with pytest.raises(UserError, match="the schedule differs from the checkpoint's .data: "):
         changed.train_dataloader().load_state_dict(state)
+
+
+def test_state_with_another_set_of_removed_documents_raises_user_error(make_task):
+    """A state was accepted if only the checkpoint's training had removed evaluation texts from its examples."""
+    stripped = make_task(SearchDataModule)
+    with_several = next(example for example in stripped.examples if len(example.positives) > 1)
+    stripped.strip(np.zeros(0, dtype=np.int64), np.array(with_several.positives[:1]))
+    state = stripped.train_dataloader().state_dict()
+    whole = make_task(SearchDataModule)
+    assert len(whole.examples) == len(stripped.examples)
+    with pytest.raises(UserError, match="examples that are left: .* then, None now"):
+        whole.train_dataloader().load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"max_steps": 5}, "num_batches: expected at least 10, as many as the trainer needs for max_steps=5, got 8"),
+        ({"max_epochs": 2}, "max_epochs: expected 1, because the batches of a training are one epoch, got 2; set max_"),
+        ({}, "max_epochs: expected 1, because the batches of a training are one epoch, got None"),
+    ],
+)
+def test_trainer_that_runs_out_of_batches_raises_user_error(make_task, tmp_path, trainer, message):
+    """With too few batches for max_steps, empty epochs followed each other forever."""
+    data = make_task(SearchDataModule)
+    data.trainer = quiet_trainer(tmp_path, **{"accumulate_grad_batches": 2, **trainer})
+    with pytest.raises(UserError, match=message):
+        data.train_dataloader()
 
 
 def test_loader_length_is_the_number_of_batches(make_task):
