@@ -169,7 +169,10 @@ def graph_of(task: TaskDataModule, file: str | Path | None = None) -> CitationGr
 
 
 def _pairs_of_file(task: TaskDataModule, path: Path) -> np.ndarray:
-    """Return the rows of the links in a file, (e, 2). Links that are only in the dev or test split are left out."""
+    """Return the rows of the links in a file, (e, 2).
+
+    Links that are only in the dev or test split are left out, and so are papers that are left out of training.
+    """
     rows_by_id = [{id: row for row, id in enumerate(part.collection.corpus, part.first_row)} for part in task.parts]
     held_out = _held_out(task)
     pairs: list[tuple[int, int]] = []
@@ -195,7 +198,12 @@ def _pairs_of_file(task: TaskDataModule, path: Path) -> np.ndarray:
         log.warning("%s: left out %s of the dev or test split", path, counted(num_held_out, "link"))
     if num_between:
         log.warning("%s: left out %s between papers of different collections", path, counted(num_between, "link"))
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    rows = np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    is_left_out = np.isin(rows, task.stripped).any(1)
+    if is_left_out.any():
+        count = counted(int(is_left_out.sum()), "link")
+        log.warning("%s: left out %s of papers that are left out of training", path, count)
+    return rows[~is_left_out]
 
 
 def _id_pairs(path: Path) -> Iterator[tuple[Row, str, str]]:

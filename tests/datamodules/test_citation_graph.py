@@ -137,6 +137,16 @@ def test_file_cannot_leak_links_of_the_evaluation(tmp_path, caplog):
     assert "left out 1 link" in caplog.text
 
 
+def test_file_cannot_bring_back_papers_that_are_left_out_of_training(tmp_path, caplog):
+    """The group loss trained on evaluation texts that were removed from the examples."""
+    file = tmp_path / "graph.tsv"
+    file.write_text("p0 p1\np1 p3\np3 p4\n")
+    data = linked({"train": TRAIN})
+    data.strip(np.zeros(0, dtype=np.int64), np.array([3]))
+    assert [graph_of(data, file).neighbours_of(row).tolist() for row in range(5)] == [[1], [0], [], [], []]
+    assert "left out 2 links of papers that are left out of training" in caplog.text
+
+
 def test_links_between_collections_of_a_file_are_counted(tmp_path, caplog):
     """They were left out without a word."""
     corpus = papers(4)
