@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from datamodules.ragged import Ragged
+from datamodules.readers.checks import MAX_GRADE
 from datamodules.records import Collection, Document, Example, UserError
 
 log = logging.getLogger(__name__)
@@ -150,11 +151,11 @@ class ExampleTable(Sequence[Example]):
 
 
 def whole_grade(split: str, query: str, document: str, grade: float) -> int:
-    """Return a grade as an integer. Raises UserError for fractions, which only probes can use."""
-    if not isinstance(grade, int) and grade != int(grade):
+    """Return a grade as an integer. Raises UserError for other numbers, which only probes can use."""
+    if not abs(grade) <= MAX_GRADE or grade != int(grade):
         raise UserError(
-            f"split {split}: query {query!r} and document {document!r}: grades must be whole numbers, got {grade}; a "
-            "reader with view: number is for benchmarks with a probe, not for training"
+            f"split {split}: query {query!r} and document {document!r}: grades must be whole numbers up to "
+            f"{MAX_GRADE:,}, got {grade}; a reader with view: number is for benchmarks with a probe, not for training"
         )
     return int(grade)
 

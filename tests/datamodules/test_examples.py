@@ -6,7 +6,7 @@ import pytest
 from datamodules.conversion import stored
 from datamodules.examples import ExampleTable, in_memory
 from datamodules.readers.beir import BeirReader, write_beir
-from datamodules.records import Collection, Document
+from datamodules.records import Collection, Document, UserError
 
 
 def test_examples_keep_the_order_of_queries_and_need_a_positive():
@@ -21,6 +21,15 @@ def test_examples_keep_the_order_of_queries_and_need_a_positive():
     assert (moved.query, moved.positives, moved.not_negatives) == (111, (103, 102), (103, 102, 104))
     assert table[-1] == second
     assert table[:1] == [first]
+
+
+@pytest.mark.parametrize("grade", [float("nan"), float("inf"), 2**32, -(2**31), 0.5])
+def test_grade_other_than_a_whole_number_of_32_bits_raises_user_error(grade):
+    """A grade of 2**32 became 0, so the positive was a hard negative."""
+    texts = {"a": Document("a", "", "one"), "b": Document("b", "", "two")}
+    collection = Collection(texts, {"q": Document("q", "", "asks")}, {"train": {"q": {"a": grade, "b": 1}}})
+    with pytest.raises(UserError, match=f"split train: query 'q' and document 'a': grades must be .*, got {grade}"):
+        in_memory(collection, False)
 
 
 @pytest.mark.parametrize("queries_are_documents", [False, True])
