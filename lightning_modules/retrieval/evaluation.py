@@ -307,8 +307,9 @@ def measure_queries(run: Run, benchmark: Benchmark, metrics: Sequence[str]) -> Q
 
 
 def _check_relevant(benchmark: Benchmark) -> None:
-    unanswered = [query for query, grades in benchmark.qrels.items() if not any(g > 0 for g in grades.values())]
-    if len(unanswered) == len(benchmark.qrels):
+    grades = ((query, benchmark.qrels.get(query, {})) for query in benchmark.queries)
+    unanswered = [query for query, grades_of_query in grades if not any(g > 0 for g in grades_of_query.values())]
+    if len(unanswered) == len(benchmark.queries):
         raise UserError(f"{benchmark.name}: no query of the {benchmark.split} split has a relevant document")
     if unanswered and benchmark.without_relevant == "error":
         count, first = len(unanswered), unanswered[0]
@@ -365,7 +366,7 @@ def _count_classes(values: QueryValues, benchmark: Benchmark) -> np.ndarray:
     true = [
         (row, positions[document])
         for row, query in enumerate(values.queries)
-        for document, grade in benchmark.qrels[ids[query]].items()
+        for document, grade in benchmark.qrels.get(ids[query], {}).items()
         if grade > 0 and document in positions
     ]
     rows, classes = np.array(true, dtype=np.int64).reshape(-1, 2).T

@@ -134,9 +134,12 @@ def _label_draws(benchmark: Benchmark, labels: np.ndarray, names: list[str]) -> 
 
 
 def _training_grades(benchmark: Benchmark) -> Qrels:
-    """Return the judgements of the training papers."""
+    """Return the judgements of the training papers, in the order of their vectors."""
     assert benchmark.training is not None
-    return benchmark.training[1]
+    papers, grades = benchmark.training
+    if missing := next((paper for paper in papers if paper not in grades), None):
+        raise UserError(f"{benchmark.name}: training paper {missing!r} has no judgements")
+    return {paper: grades[paper] for paper in papers}
 
 
 def _class_targets(benchmark: Benchmark, names: Sequence[str]) -> np.ndarray:

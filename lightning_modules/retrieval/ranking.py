@@ -137,9 +137,10 @@ def _with_half_square(vectors: np.ndarray) -> np.ndarray:
 
 
 def _padded_positions(id_lists: Sequence[Sequence[str]], positions: Mapping[str, int]) -> np.ndarray:
-    """Return lists of ids as rows of positions, (Q, longest), padded with -1."""
-    rows = np.full((len(id_lists), max(map(len, id_lists), default=0)), -1, dtype=np.int64)
-    for row, ids in zip(rows, id_lists, strict=True):
+    """Return lists of ids as rows of positions without repetitions, (Q, longest), padded with -1."""
+    lists = [list(dict.fromkeys(ids)) for ids in id_lists]
+    rows = np.full((len(lists), max(map(len, lists), default=0)), -1, dtype=np.int64)
+    for row, ids in zip(rows, lists, strict=True):
         row[: len(ids)] = [positions[id] for id in ids]
     return rows
 

@@ -158,6 +158,24 @@ def test_split_without_relevant_documents_raises_user_error(make_encoder):
         measure(rank_benchmark(make_encoder("shared"), benchmark, 5), benchmark, ["ndcg@5"])
 
 
+def test_queries_without_judgements_count_as_queries_without_relevant_documents(make_encoder):
+    """If all relevant documents belonged to other queries, all metrics were 0, and macro_f1 raised KeyError."""
+    collection = toy_collection()
+    whole = benchmark_of(collection)
+    first, *others = whole.queries
+    qrels = {query: whole.qrels[query] for query in others}
+    unjudged = replace(whole, queries={first: whole.queries[first]}, qrels=qrels)
+    run = rank_benchmark(make_encoder("shared"), unjudged, 5)
+    with pytest.raises(UserError, match="toy: no query of the test split has a relevant document"):
+        measure(run, unjudged, ["ndcg@5"])
+    partly = replace(whole, qrels=qrels)
+    run, metrics = rank_benchmark(make_encoder("shared"), partly, 5), ["ndcg@5", "micro_f1"]
+    skipped, zero = (measure(run, replace(partly, without_relevant=w), metrics) for w in ("skip", "zero"))
+    assert zero["ndcg@5"] == pytest.approx(skipped["ndcg@5"] * len(others) / (len(others) + 1))
+    with pytest.raises(UserError, match=f"toy: 1 queries have no relevant document .first: '{first}'"):
+        measure(run, replace(partly, without_relevant="error"), metrics)
+
+
 def test_vectors_that_are_not_finite_raise_user_error(make_encoder):
     encoder = make_encoder("shared")
     with torch.no_grad():

@@ -1,5 +1,7 @@
 """Probes, against their objectives minimised by another solver."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.optimize import minimize
@@ -70,6 +72,25 @@ def test_run_has_the_class_of_each_query():
     assert run.indices[:, 0].tolist() == predict_classes(train, classes, queries, Probe())[0].tolist()
     assert run.documents == ["a", "b", "c"]
     assert run.indices.shape == (40, 1)
+
+
+@pytest.mark.parametrize("learns", ["class", "labels"])
+def test_judgements_may_have_another_order_than_the_papers(learns):
+    """The vectors of the papers were paired with the judgements of other papers."""
+    train, classes, queries = three_classes()
+    toy = benchmark(["abc"[c] for c in classes], learns=learns)
+    papers, grades = toy.training
+    shuffled = {paper: grades[paper] for paper in np.random.default_rng(0).permutation(list(grades))}
+    (expected,) = probe_runs(toy, list(range(40)), queries, train)
+    (run,) = probe_runs(replace(toy, training=(papers, shuffled)), list(range(40)), queries, train)
+    assert (run.indices == expected.indices).all()
+
+
+def test_training_paper_without_judgements_raises_user_error():
+    papers, grades = benchmark(["a", "b"] * 3).training
+    toy = replace(benchmark([]), training=(papers, {paper: grades[paper] for paper in grades if paper != "t2"}))
+    with pytest.raises(UserError, match="toy: training paper 't2' has no judgements"):
+        list(probe_runs(toy, ["q0"], np.zeros((1, 4)), np.ones((6, 4))))
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,15 @@ def test_only_own_candidates_are_ranked(world, similarity):
         assert [names[i] for i in run.indices[q] if i >= 0] == ranked[:5]
 
 
+def test_repeated_candidate_is_ranked_once(world):
+    """It was ranked twice, so recall could be 2."""
+    queries, documents, ids, names, benchmark = world
+    once = benchmark(candidates=dict.fromkeys(ids, names[:6]))
+    twice = benchmark(candidates=dict.fromkeys(ids, names[:6] + names[2:4]))
+    runs = [rank_vectors(toy, ids, queries, Shards([documents]), 5) for toy in (once, twice)]
+    assert (runs[0].indices == runs[1].indices).all()
+
+
 @pytest.mark.parametrize("k", [3, 20, NUM])
 def test_named_labels_come_first_as_in_the_authors_program(world, k):
     """The program passes twice over the whole ranking and looks ids up in lists."""
