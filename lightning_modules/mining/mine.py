@@ -32,7 +32,7 @@ from lightning_modules.mining.mining_options import MiningOptions
 from lightning_modules.mining.relabel import Judge, JudgeContext, relabel
 from lightning_modules.retrieval.compute import describe_device
 from lightning_modules.retrieval.search import Shards, pair_scores, row_scores
-from lightning_modules.retrieval.vector_cache import VectorCache, vectors_of_pool
+from lightning_modules.retrieval.vector_cache import VectorCache, fingerprint, vectors_of_pool
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +150,8 @@ class Mining:
         names = (f.name for f in dataclasses.fields(MiningOptions) if f.name not in ("memory_mb", "backend"))
         options = {name: getattr(self.options, name) for name in names}
         miners = {task: miner.description for task, miner in self.miners.items()}
-        return {"miners": miners, "options": options, "seed": self.seed, "similarity": self.similarity}
+        settings = {"miners": miners, "options": options, "seed": self.seed, "similarity": self.similarity}
+        return settings | ({"guide": fingerprint(self.guide)} if self.guide else {})
 
     @property
     def judging(self) -> dict[str, Any]:

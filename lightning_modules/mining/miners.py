@@ -19,6 +19,7 @@ from datamodules.citation_graph import CitationGraph
 from datamodules.files import json_object
 from datamodules.options import check_number
 from datamodules.records import MiningPool, UserError, explained, short
+from datamodules.store import checksum
 from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.search import MEMORY, Shards, top_k
 
@@ -267,6 +268,11 @@ class SharingMiner(RelatedMiner):
     def __init__(self, papers: str, field: str, id: str = "id", most: int = 1000, seed: int = 0):
         check_number("most", most, above=0)
         self.papers, self.field, self.id, self.most, self.seed = papers, field, id, most, seed
+
+    @property
+    def description(self):
+        with explained(f"papers: {self.papers} cannot be read"):
+            return super().description | {"checksum": checksum(Path(self.papers))}
 
     def relations(self, pool, context):
         values_of_paper = _read_values(Path(self.papers), self.id, self.field, {query.id for query in pool.queries})

@@ -227,6 +227,18 @@ def test_unusable_paper_files_raise_user_errors(make_task, tmp_path):
         SharingMiner("x", "author", most=0)
 
 
+def test_description_covers_the_content_of_the_paper_file(tmp_path):
+    """After a change of the file, make mine kept the old negatives."""
+    file = tmp_path / "papers.jsonl"
+    papers_file(file, AUTHORS)
+    before = SharingMiner(str(file), "author").description
+    assert SharingMiner(str(file), "author").description == json.loads(json.dumps(before))
+    file.write_text(file.read_text() + '{"id": "d99"}\n')
+    assert SharingMiner(str(file), "author").description != before
+    with pytest.raises(UserError, match="papers: .*missing.jsonl cannot be read"):
+        SharingMiner(str(tmp_path / "missing.jsonl"), "author").description  # noqa: B018
+
+
 def test_labels_of_cited_papers(make_task):
     labels = {f"l{i}": Document(f"l{i}", f"label {i}") for i in range(5)}
     judged = {f"d{i}": {f"l{i % 5}": 1, f"l{(i + 1) % 5}": 1} for i in range(0, 10, 2)}

@@ -445,3 +445,13 @@ def test_similarity_of_the_training_is_the_default(make_task, make_encoder, simi
     options = MiningOptions(k=5, relative_margin=None)
     mined, expected = (mine(encoder, pool, options=options, **o) for o in ({}, {"similarity": similarity}))
     np.testing.assert_array_equal(mined.negatives.scores, expected.negatives.scores)
+
+
+def test_description_covers_the_weights_of_the_guide(make_encoder, tmp_path):
+    """After a change of the guide in its folder, make mine kept the old negatives."""
+
+    def description(guide):
+        return Mining(MiningOptions(guide="folder"), {"search": DenseMiner()}, tmp_path, guide=guide).description
+
+    assert description(make_encoder("shared", seed=1)) == description(make_encoder("shared", seed=1))
+    assert description(make_encoder("shared", seed=1)) != description(make_encoder("shared", seed=2))
