@@ -100,12 +100,12 @@ class ContrastiveModule(L.LightningModule):
         self.document_vectors: VectorCache | None = None  # document vectors, if the encoder has none
 
     def setup(self, stage: str) -> None:
-        """Give the data module the encoder's tokenizer and prompts, unless it already has a tokenizer.
+        """Give the data module the encoder's tokenizer and prompts, and the vectors of the vector teacher.
 
-        Also give it the vectors of the vector teacher. All ranks encode them together.
+        All ranks encode the vectors together.
         """
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data is not None and getattr(data, "tokenizer", self) is None:
+        if isinstance(data, ContrastiveDataModule):  # replaces those of an earlier training with the same data
             data.tokenizer, data.prompts = self.encoder.tokenizer, self.encoder.prompts
         if stage == "fit":
             self.encoder.prepare(data)
@@ -138,6 +138,7 @@ class ContrastiveModule(L.LightningModule):
         folder = Path(data.options.cache) / VECTORS if data.options.cache else None
         cache = VectorCache(teacher, folder, similarity=model.similarity, token_budget=data.options.token_budget)
         teacher.to(self.trainer.strategy.root_device)
+        data.teacher_vectors = {}  # an earlier training may have had another teacher
         if options.cached:
             log.info("encoding all texts with the vector teacher, except those whose vectors are stored")
             with self.trainer.precision_plugin.forward_context():

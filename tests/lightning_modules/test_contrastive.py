@@ -7,6 +7,7 @@ import torch
 from datamodules.tasks import ClassificationDataModule, LinkPredictionDataModule
 from lightning_modules.contrastive import ContrastiveModule
 from lightning_modules.encoders.backbone import set_dropout
+from lightning_modules.encoders.instruct import PromptEncoder
 from lightning_modules.optim import OptimOptions
 from tests.conftest import toy_collection
 from tests.lightning_modules.quiet_trainer import after_batch, quiet_trainer, save_once
@@ -64,6 +65,22 @@ def test_training_turns_dropout_on_for_a_backbone_in_eval_mode(make_encoder, mak
     watch = after_batch(lambda _, module: modes.append(all(m.training for m in module.encoder.modules())))
     quiet_trainer(tmp_path, max_steps=2, callbacks=[watch]).fit(module, data)
     assert modes == [True, True]
+
+
+def test_data_get_the_tokenizer_and_prompts_of_each_trained_encoder(make_backbone, make_encoder, make_task, tmp_path):
+    """Data with a tokenizer lacked the prompts, and a second training used the tokenizer and prompts of the first."""
+    data = make_task(ClassificationDataModule, "classification", num_batches=1)
+    prompted = PromptEncoder(
+        *make_backbone(), {"classification": "all"}, {"classification": "topics of"}, max_length=32
+    )
+    starts = []
+    for encoder in (prompted, make_encoder("shared"), prompted):
+        module = ContrastiveModule(encoder, tasks=["classification"], total_steps=1)
+        quiet_trainer(tmp_path, max_steps=1).fit(module, data)
+        assert data.tokenizer is encoder.tokenizer
+        chunk = data.train_dataloader().batches[0].chunks[0]
+        starts.append(encoder.tokenizer.decode(chunk.input_ids[: chunk.lengths[0]]).startswith("[CLS] topics of"))
+    assert starts == [True, False, True]
 
 
 def test_token_budget_does_not_change_the_loss(make_encoder, make_task):

@@ -176,6 +176,16 @@ def test_a_training_resumes_with_the_frozen_models_of_its_start(make_encoder, ma
     train(seed=5, steps=2, resume=tmp_path / "last.ckpt")
 
 
+def test_vectors_of_an_earlier_teacher_are_not_used(make_encoder, make_task, tmp_path):
+    """A second training with the same data learned from the stored vectors of the first one's teacher."""
+    data = make_task(SearchDataModule, carry_texts=True)
+    stored = []
+    for seed, cached in ((5, True), (6, False)):
+        trained(make_encoder("shared"), data, tmp_path, 1, make_encoder("shared", seed=seed), cached=cached)
+        stored.append(data.train_dataloader().batches[0].teacher_vectors is not None)
+    assert stored == [True, False]
+
+
 def test_asymmetric_student_learns_the_teachers_space(make_encoder, make_task, tmp_path):
     """Its queries come near the teacher's, and rank the teacher's documents better than before."""
     collection, teacher = toy_collection(), make_encoder("shared", seed=5)
