@@ -305,10 +305,8 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
     numbers = np.arange(len(queries))
     rows, document_of_query = rows_of_queries(numbers, len(corpus), same_id, same_text, queries_are_documents)
     judgements = []
-    for query, grades in collection.qrels.get("train", {}).items():
+    for query, grades in (collection.judged("train")[1] if "train" in collection.qrels else {}).items():
         for document, grade in grades.items():
-            if query not in queries:
-                raise UserError(f"split train: the judgements contain query {query!r}, which is not in the collection")
             if document in corpus:
                 judgements.append((queries[query], corpus[document], whole_grade("train", query, document, grade)))
     example, judged, values = np.array(judgements, dtype=np.int64).reshape(-1, 3).T

@@ -181,7 +181,9 @@ class Collection:
         return {split: len(qrels) for split, qrels in self.qrels.items()}
 
     def judged(self, split: str) -> tuple[Mapping[str, Document], Qrels]:
-        """Return the queries and judgements of a split."""
+        """Return the queries and judgements of a split. Raises UserError if the collection lacks one of the queries."""
+        if unknown := next((query for query in self.qrels[split] if query not in self.queries), None):
+            raise UserError(f"split {split}: the judgements contain query {unknown!r}, which is not in the collection")
         return {query: self.queries[query] for query in self.qrels[split]}, self.qrels[split]
 
     def fingerprint(self) -> str:

@@ -32,6 +32,16 @@ def test_grade_other_than_a_whole_number_of_32_bits_raises_user_error(grade):
         in_memory(collection, False)
 
 
+@pytest.mark.parametrize("split", ["train", "dev"])
+@pytest.mark.parametrize("grades", [{"a": 1}, {}])
+def test_judged_query_outside_the_collection_raises_user_error(split, grades):
+    """Only the train split was checked; the evaluation of another split raised KeyError."""
+    texts = {"a": Document("a", "", "one")}
+    collection = Collection(texts, {"q": Document("q", "", "asks")}, {split: {"q": {"a": 1}, "q9": grades}})
+    with pytest.raises(UserError, match=f"split {split}: the judgements contain query 'q9', which is not in the coll"):
+        collection.judged(split)
+
+
 @pytest.mark.parametrize("queries_are_documents", [False, True])
 def test_documents_of_equal_text_count_as_one_in_training(tmp_path, queries_are_documents):
     texts = {"a": "one", "b": "two", "c": "one", "d": "three", "e": "two"}
