@@ -1,8 +1,9 @@
 """Match the papers of two tasks, and look up a paper's annotations in the other task.
 
-title   equal words in the title, ignoring case, accents and punctuation. If the title is missing or has fewer than
-MIN_TITLE words, the words of the text must be equal too. text    equal words in title and text id      equal ids, for
-collections that share a numbering of papers
+    title   equal words in the title, ignoring case, accents and punctuation. If the title has fewer than MIN_TITLE
+            words, the words of the text must be equal, too
+    text    equal words in title and text
+    id      equal ids, for collections that share a numbering of papers
 
 Only train splits count. Labels and search queries are not papers, so they never match.
 """

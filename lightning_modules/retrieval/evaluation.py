@@ -140,10 +140,10 @@ def evaluate(
     token_budget: maximum number of tokens per forward pass.
     vectors: source of the encoder's vectors; by default, they are computed and not kept.
     document_vectors: cache of another model's document vectors, for an encoder trained to encode only queries; by
-    default `vectors`. Probes do not use it.
+        default `vectors`. Probes do not use it.
     k: number of documents to rank per query, by default the deepest cut-off of the metrics.
     advance: called with the stage, the number of steps since the last call, and the total. A step is a text to encode,
-    a query-document pair to rank, or a draw of training papers to learn from. By default, the progress is logged.
+        a query-document pair to rank, or a draw of training papers to learn from. By default, the progress is logged.
 
     Raises UserError for vectors that are not finite, unknown metrics, or a benchmark without relevant documents.
     """
