@@ -149,12 +149,13 @@ class RelatedMiner(Miner):
         """
 
     def rank(self, pool, queries, k, context):
-        if "relations" not in context.prepared:
-            context.prepared["relations"] = self.relations(pool, context)
+        key = f"relations of {type(self).__qualname__} {vars(self)}"
+        if key not in context.prepared:
+            context.prepared[key] = self.relations(pool, context)
         k = min(k, len(pool.corpus))
         rows, scores = np.full((len(queries), k), -1, dtype=np.int64), np.zeros((len(queries), k))
         for i, query in enumerate(queries):
-            documents, values = self.related(context.prepared["relations"], query)
+            documents, values = self.related(context.prepared[key], query)
             best = np.argsort(-values, kind="stable")[:k]
             rows[i, : len(best)], scores[i, : len(best)] = documents[best], values[best]
         return rows, scores

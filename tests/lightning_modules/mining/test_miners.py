@@ -159,6 +159,16 @@ def test_random_walks_visit_with_the_probabilities_of_powers_of_the_transition_m
         RandomWalkMiner(1)
 
 
+def test_miners_that_share_prepared_data_have_relations_of_their_own(make_task):
+    """The second miner ranked by the relations of the first."""
+    pool, prepared = pool_of(make_task, LinkPredictionDataModule, collection=PAPERS), {}
+    for miner in (RandomWalkMiner(2), CitedByCitedMiner(), RandomWalkMiner(3)):
+        alone, shared = (
+            miner.rank(pool, range(10), 5, MiningContext(pools=[pool], prepared=data)) for data in ({}, prepared)
+        )
+        np.testing.assert_array_equal(shared, alone)
+
+
 def test_shown_documents_keep_their_order(make_task):
     pool = pool_of(make_task)
     rows, _ = ShownMiner().rank(pool, range(2, 12), 3, context_of(pool))
