@@ -23,7 +23,7 @@ from datamodules.store import BATCH_ROWS, FIELDS, StoredCollection, StoredDocume
 log = logging.getLogger(__name__)
 
 # Version of the layout, and of what readers make of files. Collections in any other version are converted again.
-VERSION = 6
+VERSION = 7
 PATHS = ("folder", "source", "judgements", "train", "dev", "test")  # reader arguments that can be relative paths
 
 
@@ -111,7 +111,8 @@ def write(stream: Callable[[Sink], None], folder: Path) -> dict[str, Any]:
     finally:
         sink.close()
     first = _write_query_documents(sink, folder)
-    splits = {split: _write_split(sink, split, first, folder) for split in sink.judgements}
+    first_query = _first_of_same_text(sink.query_hashes, StoredDocuments(folder / "queries.arrow"))
+    splits = {split: _write_split(sink, split, first, first_query, folder) for split in sink.judgements}
     return {
         "missing": list(sink.missing),
         "blank": sink.blank,
@@ -129,15 +130,18 @@ def _write_query_documents(sink: _Writer, folder: Path) -> np.ndarray:
     same_text = np.zeros(len(same_id), dtype=bool)
     for number in np.flatnonzero(same_id >= 0).tolist():
         same_text[number] = _equal_texts(corpus.row(int(same_id[number])), queries.row(number))
-    first = _first_of_same_text(sink.hashes, corpus)
+    first = _first_of_same_text(sink.document_hashes, corpus)
     same_id[same_id >= 0] = first[same_id[same_id >= 0]]
     for name, values in (("first", first), ("own", same_id), ("same", same_text)):
         np.save(folder / f"{name}.npy", values)
     return first
 
 
-def _write_split(sink: _Writer, split: str, first: np.ndarray, folder: Path) -> int:
-    """Write the judgements of a split, and the examples of the train split. Return the number of queries."""
+def _write_split(sink: _Writer, split: str, first: np.ndarray, first_query: np.ndarray, folder: Path) -> int:
+    """Write the judgements of a split, and the examples of the train split. Return the number of queries.
+
+    first, first_query: for each document and query, the first one with the same text.
+    """
     check_name("split", split)
     queries, documents, grades = sink.distinct(split)
     for name, rows in (("queries", queries), ("documents", documents), ("grades", grades)):
@@ -146,7 +150,8 @@ def _write_split(sink: _Writer, split: str, first: np.ndarray, folder: Path) -> 
     if split == "train":
         numbers = np.arange(len(sink.queries), dtype=np.int32)
         known = documents >= 0
-        table = ExampleTable.from_judgements(queries[known], first[documents[known]], grades[known], numbers, numbers)
+        judged = (first_query[queries[known]], first[documents[known]], grades[known])
+        table = ExampleTable.from_judgements(*judged, numbers, numbers)
         for name in ("queries", "starts", "documents", "grades"):
             np.save(folder / f"examples.{name}.npy", getattr(table, name))
     return len(np.unique(queries))
@@ -172,7 +177,7 @@ class _Writer:
     documents, queries: row of each id.
     missing: negative row of each judged document that is not in the corpus: -1, -2, ...
     blank: rows of documents and queries with neither title nor text. The rows of queries follow the rows of documents.
-    hashes: hash of each document's text, only valid in this process.
+    document_hashes, query_hashes: hash of each text, only valid in this process.
     """
 
     def __init__(self, folder: Path):
@@ -180,7 +185,7 @@ class _Writer:
         self.queries: dict[str, int] = {}
         self.missing: dict[str, int] = {}
         self.blank: list[int] = []
-        self.hashes = array("q")
+        self.document_hashes, self.query_hashes = array("q"), array("q")
         self.judgements: dict[str, tuple[array, array, array]] = {}
         self.keep: str | None = None
         self.digest = hashlib.blake2b(digest_size=8)
@@ -197,13 +202,14 @@ class _Writer:
             self.blank.append(len(self.documents))
         add_id(self.documents, document.id, len(self.documents))
         self._document_file.add(document)
-        self.hashes.append(hash((document.title, document.text)))
+        self.document_hashes.append(hash((document.title, document.text)))
 
     def add_query(self, query: Document) -> None:
         if query.is_blank:
             self.blank.append(len(self.documents) + len(self.queries))
         add_id(self.queries, query.id, len(self.queries))
         self._query_file.add(query)
+        self.query_hashes.append(hash((query.title, query.text)))
 
     def add_judgement(self, split: str, query: str, document: str, grade: int) -> None:
         if split not in self.judgements:

@@ -294,12 +294,13 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
     """Return a collection's documents (corpus, then queries), and its training examples as rows of those documents.
 
     In training, documents with the same text count as one document, so that a copy of a positive is never a negative.
-    Judgements of documents outside the corpus are left out.
+    So do queries with the same text, so that a positive of one is never a negative of the other. Judgements of
+    documents outside the corpus are left out.
     """
     corpus = {id: row for row, id in enumerate(collection.corpus)}
     queries = {id: number for number, id in enumerate(collection.queries)}
     documents: list[Sequence[Document]] = [list(collection.corpus.values()), list(collection.queries.values())]
-    first = first_of_same_text(documents[0])
+    first, first_query = map(first_of_same_text, documents)
     same_id = np.array([first[corpus[id]] if id in corpus else -1 for id in queries], dtype=np.int32)
     same_text = np.array([collection.corpus.get(id) == query for id, query in collection.queries.items()], bool)
     numbers = np.arange(len(queries))
@@ -310,5 +311,5 @@ def in_memory(collection: Collection, queries_are_documents: bool) -> tuple[list
             if document in corpus:
                 judgements.append((queries[query], corpus[document], whole_grade("train", query, document, grade)))
     example, judged, values = np.array(judgements, dtype=np.int64).reshape(-1, 3).T
-    table = ExampleTable.from_judgements(example, first[judged], values, rows, document_of_query)
+    table = ExampleTable.from_judgements(first_query[example], first[judged], values, rows, document_of_query)
     return documents, table.without_self_links() if queries_are_documents else table

@@ -32,13 +32,6 @@ def mix(*keys: int | str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-@functools.lru_cache(maxsize=32)
-def _order(seed: int, task: str, size: int, epoch: int) -> np.ndarray:
-    """Return the order of a task's examples in one pass, (size,)."""
-    order = np.random.default_rng(mix(seed, "order", task, epoch)).permutation(size)
-    return order.astype(np.int32) if size < 2**31 else order
-
-
 class Draw(NamedTuple):
     """An example to train on. epoch: number of the pass through the examples, which seeds the sampling of documents."""
 
@@ -146,7 +139,8 @@ class Schedule:
                     "(query, positives and hard negatives); use at least that many"
                 )
         self._counts = [self._steps_per_block(phase) for phase in self.phases]
-        self._starts: dict[tuple[str, int], np.ndarray] = {}
+        self._orders: dict[tuple[str, int], np.ndarray] = {}  # task and pass -> _order
+        self._lines: dict[tuple[str, int], np.ndarray] = {}  # task and pass -> _line
         self.temperatures, self.mixed = dict(temperatures or {}), frozenset(mixed)
         if wrong := [task for task in collections or () if task in self.mixed and task in self.costs]:
             raise UserError(f"mixed_batches: the batches of {wrong[0]} are sized in tokens; set its batch_size instead")
@@ -215,8 +209,7 @@ class Schedule:
             return [self._shifted(draw, start) for draw in inner.draws(turn, rank, world_size)]
         first = (self.turns(step, task) * world_size + rank) * self.batch_sizes[task]
         positions = self._positions(task, first, first + self.batch_sizes[task])
-        orders = {epoch: _order(self.seed, task, self.sizes[task], epoch) for epoch, _ in positions}
-        return [Draw(int(orders[epoch][index]), epoch) for epoch, index in positions]
+        return [Draw(int(self._order(task, epoch)[index]), epoch) for epoch, index in positions]
 
     @staticmethod
     def _shifted(draw: Draw, start: int) -> Draw:
@@ -257,14 +250,29 @@ class Schedule:
             positions += [(epoch, index) for index in range(*bounds.tolist())]
         return positions
 
+    def _order(self, task: str, epoch: int) -> np.ndarray:
+        """Return the order of a task's examples in one pass, (size,)."""
+        if (order := self._orders.get((task, epoch))) is None:
+            size = self.sizes[task]
+            order = np.random.default_rng(mix(self.seed, "order", task, epoch)).permutation(size)
+            order = order.astype(np.int32) if size < 2**31 else order
+            _keep(self._orders, task, epoch, order)
+        return order
+
     def _line(self, task: str, epoch: int) -> np.ndarray:
         """Return where each example of a pass starts on the task's line, in tokens from the start of the pass."""
-        if (task, epoch) not in self._starts:
-            for old in [key for key in self._starts if key[0] == task and key[1] < epoch - 1]:
-                del self._starts[old]
-            tokens = self.costs[task][_order(self.seed, task, self.sizes[task], epoch)]
-            self._starts[task, epoch] = np.cumsum(tokens) - tokens
-        return self._starts[task, epoch]
+        if (line := self._lines.get((task, epoch))) is None:
+            tokens = self.costs[task][self._order(task, epoch)]
+            line = np.cumsum(tokens) - tokens
+            _keep(self._lines, task, epoch, line)
+        return line
+
+
+def _keep(cache: dict[tuple[str, int], np.ndarray], task: str, epoch: int, array: np.ndarray) -> None:
+    """Keep the array of a task's pass, and those of the passes before and after it, which a batch can also need."""
+    for other in [(name, number) for name, number in cache if name == task and abs(number - epoch) > 1]:
+        del cache[other]
+    cache[task, epoch] = array
 
 
 @functools.lru_cache(maxsize=32)

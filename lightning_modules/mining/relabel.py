@@ -188,7 +188,10 @@ class FileJudge(Judge):
         for number, query, paper, value in self._judgements:
             where = f"{self.path}:{number}"
             if not any(query in known for known in queries):
-                raise UserError(f"{where}: unknown query {query!r}; expected the id of a training query")
+                raise UserError(
+                    f"{where}: unknown query {query!r}; expected the id of a training query (of queries with the same "
+                    "text, that of the first)"
+                )
             if not any(query in q and paper in p for q, p in zip(queries, papers, strict=True)):
                 raise UserError(f"{where}: unknown paper {paper!r}; expected an id in the corpus of query {query!r}")
             if (before := judgements.setdefault((query, paper), value)) != value:

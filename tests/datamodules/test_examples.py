@@ -60,6 +60,22 @@ def test_documents_of_equal_text_count_as_one_in_training(tmp_path, queries_are_
     assert converted.judged("train")[1] == qrels["train"]  # evaluation uses ids
 
 
+def test_queries_of_equal_text_count_as_one_in_training(tmp_path):
+    """So that a positive of one is not a negative of the other, neither by chance, nor mined, nor judged."""
+    corpus = {id: Document(id, "", f"text {id}") for id in "abcd"}
+    queries = {id: Document(id, "", text) for id, text in {"p": "asks", "q": "other", "r": "asks", "s": "asks"}.items()}
+    qrels = {"train": {"p": {"a": 0, "b": 1}, "q": {"d": 1}, "r": {"a": 2, "c": 0}}, "dev": {"s": {"d": 1}}}
+    collection = Collection(corpus, queries, qrels)
+    write_beir(collection, tmp_path / "data")
+    converted = stored(BeirReader(str(tmp_path / "data")), tmp_path / "cache")
+    for _, examples in (in_memory(collection, False), converted.table(False)):
+        asks, other = examples
+        assert dict(zip(asks.positives, asks.grades, strict=True)) == {0: 2, 1: 1}
+        assert (asks.query, asks.hard_negatives) == (4, (2,))
+        assert (other.query, other.positives) == (5, (3,))
+    assert converted.judged("train")[1] == qrels["train"]  # evaluation uses ids
+
+
 @pytest.mark.parametrize("queries_are_documents", [False, True])
 def test_judgements_of_a_paper_with_itself_are_ignored(tmp_path, queries_are_documents, caplog):
     """It applies where queries are documents: paper a cites itself, and b cites its own preprint c."""

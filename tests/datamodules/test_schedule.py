@@ -306,3 +306,21 @@ def test_the_batches_of_a_pass_in_tokens_cover_all_tokens():
     schedule = Schedule({"search": 5}, {"search": 10}, 0, costs=costs)
     assert schedule.batches_per_pass() == 3  # 25 tokens
     assert {draw.example for step in range(3) for draw in schedule.draws(step)} == set(range(5))
+
+
+def test_orders_are_computed_once_per_pass_and_forgotten(monkeypatch):
+    """Even if a batch has queries of many collections, and if a run has many passes."""
+    computed, permutation = Counter(), np.random.default_rng
+
+    def counted(seed):
+        computed[seed] += 1
+        return permutation(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", counted)
+    collections = {f"collection {i}": 12 for i in range(100)}
+    schedule = Schedule({"task": 1200}, {"task": 50}, 0, collections={"task": collections}, mixed=["task"])
+    examples = Counter(draw.example for step in range(120) for draw in schedule.draws(step))  # 5 passes
+    assert set(examples.values()) == {5}
+    assert set(computed.values()) == {1}
+    inner, _ = schedule._inner["task"]
+    assert len(inner._orders) <= 300
