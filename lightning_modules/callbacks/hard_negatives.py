@@ -30,6 +30,8 @@ from lightning_modules.retrieval.vector_cache import VectorCache
 
 log = logging.getLogger(__name__)
 
+NOTICEABLE = 60  # seconds; a shorter mining is never called slow
+
 
 class HardNegativeMining(L.Callback):
     """Mines at optimizer steps first_step, first_step + every_n_steps, and so on. The next batch uses the result.
@@ -43,6 +45,7 @@ class HardNegativeMining(L.Callback):
     def __init__(self, mining: Mining, first_step: int, every_n_steps: int, stop_at: float | None = None):
         self.mining, self.first_step, self.every_n_steps, self.stop_at = mining, first_step, every_n_steps, stop_at
         self._pools: list[MiningPool] = []
+        self._ended: float | None = None  # time of the last mining's end
 
     def setup(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         batches = trainer.accumulate_grad_batches
@@ -80,8 +83,16 @@ class HardNegativeMining(L.Callback):
         else:
             values = self._mine_now(trainer, cache, documents, name, meta)
         cache.remove()
+        ended = time.perf_counter()
         for logger in trainer.loggers:
-            logger.log_metrics(metrics(values) | {"mine/seconds": time.perf_counter() - started}, step=step)
+            logger.log_metrics(metrics(values) | {"mine/seconds": ended - started}, step=step)
+        if self._ended is not None and ended - started > max(started - self._ended, NOTICEABLE):
+            log.warning(
+                "step %d: mining took %d s, but the steps since the last mining only %d s; consider a higher "
+                "mining.every_n_steps (now %d)",
+                *(step, ended - started, started - self._ended, self.every_n_steps),
+            )
+        self._ended = ended
         check_false_negatives(values, self.stop_at)
         data.rounds.begin(batch, name)
 

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from experiments.build.mining import build_mining, steps_between
 from experiments.config.experiment import load_config
 from experiments.mine import main as mine
 from experiments.train import train
+from lightning_modules.callbacks import hard_negatives
 from lightning_modules.encoders.loading import load_encoder
 from lightning_modules.retrieval.vector_cache import VectorCache
 from tests import forked
@@ -318,6 +320,17 @@ def test_a_store_of_other_data_raises_before_training(run, tmp_path):
     with pytest.raises(UserError, match="hard negatives of search were mined from different data .fingerprints then: "):
         train("moe", [f"run.dir={tmp_path / 'run'}", *changed])
     assert not (tmp_path / "run").exists()
+
+
+def test_a_warning_says_if_mining_takes_longer_than_training(tmp_path, monkeypatch, caplog):
+    times = iter([0, 100, 110, 180, 260, 330])  # mining takes 100, 70 and 70 s; training 10 and 80 s between them
+    monkeypatch.setattr(hard_negatives, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    train("moe_mined", [f"run.dir={tmp_path}", *SMALL, *MINED, "mining.first_step=0", "trainer.max_steps=6"])
+    warnings = [record.getMessage() for record in caplog.records if "mining took" in record.getMessage()]
+    assert warnings == [
+        "step 2: mining took 70 s, but the steps since the last mining only 10 s; consider a higher "
+        "mining.every_n_steps (now 2)"
+    ]
 
 
 @pytest.mark.slow
