@@ -117,16 +117,19 @@ class TaskDataModule(ContrastiveDataModule):
         """
         if self.collections:
             return
-        self.collections = {name: self._read(name) for name in self.readers}
-        for name, collection in self.collections.items():
+        collections = {name: self._read(name) for name in self.readers}
+        self.documents, self.examples = Joined(), JoinedExamples()  # an earlier call may have raised an error
+        self.stripped = np.zeros(0, dtype=np.int64)
+        for name, collection in collections.items():
             with self._naming(name):
                 self._add(collection)
         if not self.examples:
-            names = ", ".join(f"{name} ({' '.join(c.splits)})" for name, c in self.collections.items())
+            names = ", ".join(f"{name} ({' '.join(c.splits)})" for name, c in collections.items())
             raise UserError(
                 f"task {self.task.name}: in {names}, no query of a train split has a positive; add a collection to "
                 f"train on (collections with only dev or test are only evaluated)"
             )
+        self.collections = collections
 
     @property
     def parts(self) -> list[Part]:

@@ -84,3 +84,17 @@ def test_pools_of_several_collections_have_their_row_offsets(make_task):
     assert (one.first_row, one.first_example, two.first_row, two.first_example) == (0, 0, 22, 12)
     assert data.documents[two.first_row] == two.corpus[0]
     assert data.documents[data.examples[two.first_example].query] == two.queries[0]
+
+
+def test_setup_after_an_error_repeats_the_error():
+    """It returned silently, so a training had only the collections before the wrong one."""
+    good = toy_collection()
+    wrong = Collection(good.corpus, good.queries, {"train": {next(iter(good.queries)): {next(iter(good.corpus)): 0.5}}})
+    data = SearchDataModule("search", {"good": good, "wrong": wrong})
+    for _ in range(2):
+        with pytest.raises(UserError, match="task search, collection wrong: .* grades must be whole numbers"):
+            data.setup()
+    data.readers["wrong"] = good
+    data.setup()
+    assert len(data.documents) == 2 * (len(good.corpus) + len(good.queries))
+    assert data.examples_by_collection()["wrong"] == data.examples_by_collection()["good"] == len(data.examples) // 2
