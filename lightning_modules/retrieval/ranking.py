@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from datamodules.records import SIMILARITIES, Benchmark, check_choice
+from datamodules.records import SIMILARITIES, Benchmark, UserError, check_choice
 from lightning_modules.distributed.collectives import rank, world_size
 from lightning_modules.retrieval.bm25 import Bm25Index
 from lightning_modules.retrieval.metrics import Run, id_order, positions_of, sorted_run
@@ -82,6 +82,10 @@ def _rank(
     search: function (k, id_order) -> rows and scores of the best documents of the corpus, (Q, k) each.
     score: function of rows (Q, w), padded with -1, that returns the scores of these documents, (Q, w).
     """
+    if benchmark.training is not None:
+        raise UserError(
+            f"{benchmark.name}: has training papers, so a probe predicts its documents; they are not ranked"
+        )
     positions = positions_of(list(benchmark.corpus))
     order = id_order(list(positions))
     if benchmark.candidates is None:

@@ -81,6 +81,15 @@ def test_only_own_candidates_are_ranked(world, similarity):
         assert [names[i] for i in run.indices[q] if i >= 0] == ranked[:5]
 
 
+def test_ranking_a_benchmark_of_a_probe_raises_user_error(world):
+    """BM25 predicted the classes of its ranking, and a ranking by vectors mixed up classes and training papers."""
+    queries, documents, ids, _, benchmark = world
+    toy = benchmark(training=({}, {}))
+    for rank in (lambda: rank_bm25(toy, 5), lambda: rank_vectors(toy, ids, queries, Shards([documents]), 5)):
+        with pytest.raises(UserError, match="toy: has training papers, so a probe predicts its documents; they are no"):
+            rank()
+
+
 def test_repeated_candidate_is_ranked_once(world):
     """It was ranked twice, so recall could be 2."""
     queries, documents, ids, names, benchmark = world
