@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from datamodules.examples import first_of_same_text
 from datamodules.readers.io import read_lines
 from datamodules.readers.rows import BadLines, Row
 from datamodules.records import UserError, counted, short
+from datamodules.store import StoredCollection
 
 if TYPE_CHECKING:
-    from datamodules.tasks import TaskDataModule
+    from datamodules.tasks import Part, TaskDataModule
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +175,7 @@ def _pairs_of_file(task: TaskDataModule, path: Path) -> np.ndarray:
 
     Links that are only in the dev or test split are left out, and so are papers that are left out of training.
     """
-    rows_by_id = [{id: row for row, id in enumerate(part.collection.corpus, part.first_row)} for part in task.parts]
+    rows_by_id = [_rows_by_id(part) for part in task.parts]
     held_out = _held_out(task)
     pairs: list[tuple[int, int]] = []
     missing: dict[str, Row] = {}  # id -> first line that names it
@@ -204,6 +206,16 @@ def _pairs_of_file(task: TaskDataModule, path: Path) -> np.ndarray:
         count = counted(int(is_left_out.sum()), "link")
         log.warning("%s: left out %s of papers that are left out of training", path, count)
     return rows[~is_left_out]
+
+
+def _rows_by_id(part: Part) -> dict[str, int]:
+    """Return the row of each paper. As in training, papers with the same text have the row of the first one."""
+    collection = part.collection
+    if isinstance(collection, StoredCollection):
+        first: np.ndarray = collection.array("first")
+    else:
+        first = first_of_same_text(list(collection.corpus.values()))
+    return dict(zip(collection.corpus, (first + part.first_row).tolist(), strict=True))
 
 
 def _id_pairs(path: Path) -> Iterator[tuple[Row, str, str]]:

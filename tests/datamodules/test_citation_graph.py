@@ -1,9 +1,12 @@
 """The citation graph of a task, against walks computed with matrices, and its protection against leaks."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from datamodules.citation_graph import CitationGraph, graph_of
+from datamodules.readers.beir import BeirReader, write_beir
 from datamodules.records import Collection, Document, UserError
 from datamodules.tasks import LinkPredictionDataModule, SearchDataModule
 
@@ -127,6 +130,22 @@ def test_file_replaces_the_training_links(tmp_path):
     file.write_text("p0\tp4\n\np3 p4\n")
     graph = graph_of(linked({"train": TRAIN}), file)
     assert [graph.neighbours_of(row).tolist() for row in range(5)] == [[4], [], [], [4], [0, 3]]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_links_of_a_copy_in_a_file_belong_to_the_first_paper_with_its_text(tmp_path, cached):
+    """Batches contain the first paper, but the links of its copy were those of another node."""
+    corpus = papers(4)
+    corpus["copy"] = replace(corpus["p1"], id="copy")
+    collection = Collection(corpus, {"p0": corpus["p0"]}, {"train": {"p0": {"copy": 1}}})
+    write_beir(collection, tmp_path / "data")
+    reader = BeirReader(str(tmp_path / "data")) if cached else collection
+    data = LinkPredictionDataModule("links", reader, cache=str(tmp_path / "cache") if cached else "")
+    data.setup()
+    file = tmp_path / "graph.tsv"
+    file.write_text("p0 copy\ncopy p3\ncopy p1\n")
+    for graph, linked_to_one in ((graph_of(data), [0]), (graph_of(data, file), [0, 3])):
+        assert [graph.neighbours_of(row).tolist() for row in (1, 4)] == [linked_to_one, []]
 
 
 def test_file_cannot_leak_links_of_the_evaluation(tmp_path, caplog):
