@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from datamodules.records import UserError, reason, short
+from datamodules.records import LONGEST_NAME, UserError, reason, short
 
 PARTIAL = ".partial"  # suffix of temporary folders
 
@@ -38,7 +38,8 @@ JSON_TYPES: dict[type, str] = {
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary binary file, and move it to path once it is completely on disk. On an error, delete it."""
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}")
+    name = path.name.encode()[:LONGEST_NAME].decode(errors="ignore")  # the whole name may leave no room for the rest
+    partial = path.with_name(f".{name}.{socket.gethostname()}.{os.getpid()}.{threading.get_native_id()}")
     try:
         with _named(path), open_new(partial) as file:
             yield file

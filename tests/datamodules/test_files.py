@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from datamodules.files import atomic_file, atomic_folder, load_array, open_new, read_json, write_json, write_text
-from datamodules.records import UserError
+from datamodules.records import LONGEST_NAME, UserError
 
 
 def test_written_json_is_read_back(tmp_path):
@@ -196,3 +196,12 @@ def test_damaged_json_raises_user_error(tmp_path):
     for name in ("a.json", "missing.json"):
         with pytest.raises(UserError, match=f"{name}: cannot be read"):
             read_json(tmp_path / name)
+
+
+@pytest.mark.parametrize("letter", ["a", "\u00e9"])
+def test_file_with_the_longest_name_can_be_written(tmp_path, letter):
+    """Its temporary file had a longer name than file systems allow."""
+    name = letter * (LONGEST_NAME // len(letter.encode()))
+    write_text(tmp_path / f"{name}.{name}.queries.tsv", "content")
+    (path,) = tmp_path.iterdir()
+    assert path.read_text(encoding="utf-8") == "content"
