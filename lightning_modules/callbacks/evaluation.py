@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ class Evaluation(L.Callback):
     The checkpoint with the highest mean of the first metric over the benchmarks is saved as the best one. Then
     on_validation_end of the other callbacks is called, with all metrics in trainer.callback_metrics.
 
-    metrics: names of the metrics; the first one chooses the best checkpoint.
+    metrics: names of the metrics, instead of the benchmarks' own; the first one chooses the best checkpoint.
     every_n_steps: number of optimizer steps between evaluations.
     token_budget: maximum number of tokens per forward pass; None: what is fast on the device.
     path: file of the best checkpoint.
@@ -46,7 +47,8 @@ class Evaluation(L.Callback):
         path: Path,
         patience: int = 0,
     ):
-        self.benchmarks, self.metrics = list(benchmarks), list(metrics)
+        self.benchmarks = [dataclasses.replace(benchmark, metrics=()) for benchmark in benchmarks]
+        self.metrics = list(metrics)
         self.every_n_steps, self.token_budget, self.path = every_n_steps, token_budget, path
         self.patience, self.num_without_best = patience, 0
         self.best, self.best_step = float("-inf"), 0
