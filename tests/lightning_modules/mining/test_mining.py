@@ -410,7 +410,7 @@ def test_documents_have_the_vectors_of_another_model(make_task, make_encoder):
 def test_memory_bounds_the_vectors_of_the_positives(make_task, make_encoder, monkeypatch, guided):
     """All positives of a block of queries were read at once, and converted to float64."""
     corpus = {f"d{i}": Document(f"d{i}", text_of(i), text_of(i, i + 3)) for i in range(10)}
-    queries = {f"q{i}": Document(f"q{i}", "", text_of(i, i + 7)) for i in range(200)}
+    queries = {f"q{i}": Document(f"q{i}", "", f"{text_of(i, i + 7)} {i}") for i in range(200)}
     qrels = {query: {f"d{(i + j) % 10}": 1 for j in range(8)} for i, query in enumerate(queries)}
     (pool,) = make_task(SearchDataModule, collection=Collection(corpus, queries, {"train": qrels})).pools()
     encoder, counts, gather = make_encoder("shared"), [], Shards.gather
