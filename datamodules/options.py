@@ -61,7 +61,7 @@ def check_options(options: Any, prefix: str = "") -> None:
         key = prefix + option_key(field)
         value = getattr(options, field.name)
         choices = field.metadata.get("choices") or literal_choices(hints[field.name])
-        _check_items(key, value, hints[field.name])
+        check_items(key, value, hints[field.name])
         for path, item in _leaves(value, key):
             if dataclasses.is_dataclass(item):
                 check_options(item, path + ".")
@@ -73,7 +73,7 @@ def check_options(options: Any, prefix: str = "") -> None:
                 raise UserError(f"{path}: expected {describe_bounds(field)}, got {item!r}")
 
 
-def _check_items(key: str, value: Any, hint: Any) -> None:
+def check_items(key: str, value: Any, hint: Any) -> None:
     """Raise UserError for an item of the wrong type: OmegaConf would accept lists and mappings as texts and numbers."""
     if get_origin(hint) not in (list, tuple, dict):
         return
@@ -82,7 +82,7 @@ def _check_items(key: str, value: Any, hint: Any) -> None:
     for item in value.values() if isinstance(value, Mapping) else value or ():
         if not isinstance(item, kinds):
             raise UserError(f"{key}: expected a {collection} of {words}, but it contains {item!r}")
-        _check_items(key, item, item_hint)
+        check_items(key, item, item_hint)
 
 
 def check_number(name: str, value: float, **bounds: float) -> None:

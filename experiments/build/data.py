@@ -11,7 +11,7 @@ from typing import Any
 from datamodules.batches import BatchOptions, MultiTaskDataModule
 from datamodules.files import expanded
 from datamodules.records import Reader, Task, UserError, prefixed
-from datamodules.schedule import Phase, check_phases, checked_weights, task_weights
+from datamodules.schedule import Phase, checked_weights, task_weights
 from datamodules.tasks import KINDS, CollectionError, TaskDataModule
 from experiments.build.leaks import handle_leaks
 from experiments.build.mining import add_rounds
@@ -176,8 +176,6 @@ def _phases(config: Config, data: MultiTaskDataModule) -> tuple[Phase, ...]:
         with prefixed(f"data.curriculum[{i}]."):
             weights = checked_weights(phase.weights, sizes)
         phases.append(Phase(phase.from_step * config.trainer.accumulate_grad_batches, weights))
-    with prefixed("data.curriculum: "):
-        check_phases(phases)
     return tuple(phases)
 
 

@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from datamodules.options import check_options, option
+from datamodules.options import check_items, check_options, option
 from datamodules.records import UserError, check_name
 from experiments.config.arguments import command_of, option_keys, parse_known
 from experiments.config.overrides import check_override, packages_in, parse_override, replaced_data
@@ -279,8 +279,11 @@ def _finish(config: DictConfig, packages: Sequence[str], checks_classes: bool = 
     """
     known_tasks = sorted(config.task)
     try:
-        for name in [] if OmegaConf.is_missing(config, "tasks") else set(known_tasks) - set(config.tasks):
-            del config.task[name]
+        if not OmegaConf.is_missing(config, "tasks"):
+            tasks = OmegaConf.to_container(config.tasks)
+            check_items("tasks", tasks, list[str])
+            for name in set(known_tasks) - set(tasks):
+                del config.task[name]
         OmegaConf.resolve(config)
         if missing := OmegaConf.missing_keys(config):
             raise UserError(f"no value for {', '.join(sorted(missing))}")
@@ -348,10 +351,6 @@ def _merge(config: DictConfig, layer: DictConfig, source: str, others: Sequence[
         config.merge_with(layer)  # in place, because OmegaConf.merge copies the whole configuration
         return config
     except MERGE_ERRORS as error:
-        key = getattr(error, "full_key", None)
-        value = OmegaConf.select(layer, key) if key else None
-        if "is not a ListConfig" in str(error) and value is not None:
-            raise UserError(f"{source}: {key}: expected a list, write {key}=[{value}]") from error
         raise UserError(f"{source}: {describe(error)}") from error
 
 
@@ -408,3 +407,5 @@ def _clear_replaced_targets(config: DictConfig, layer: DictConfig) -> None:
                 config[key] = {}
             else:
                 _clear_replaced_targets(old, new)
+        elif isinstance(old, Container) and isinstance(new, Container) and type(old) is not type(new):
+            config[key] = new  # a list and a mapping cannot be merged

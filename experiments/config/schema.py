@@ -42,7 +42,7 @@ class RunConfig:
 class PhaseConfig:
     """A phase of the curriculum, which changes the shares of the tasks."""
 
-    from_step: int = option(MISSING, "first optimizer step of the phase", minimum=0)
+    from_step: int = option(MISSING, "first optimizer step of the phase", minimum=1)
     weights: dict[str, float] = option({}, "relative share of the steps of each task", above=0, maximum=1e9)
 
 
@@ -358,6 +358,7 @@ def check_constraints(config: Config) -> None:
     """Raise UserError if settings contradict each other."""
     check_metrics("evaluation.metrics", config.evaluation.metrics)
     _check_patience(config)
+    _check_curriculum(config)
     _check_balance(config)
     _check_wandb(config.wandb)
     _check_loggers(config.loggers)
@@ -379,6 +380,12 @@ def check_metrics(key: str, names: Sequence[str]) -> None:
 def _check_patience(config: Config) -> None:
     if config.evaluation.patience and not config.evaluation.every_n_steps:
         raise UserError("evaluation.patience: there are no evaluations to count; set evaluation.every_n_steps")
+
+
+def _check_curriculum(config: Config) -> None:
+    steps = [phase.from_step for phase in config.data.curriculum]
+    if steps != sorted(set(steps)):
+        raise UserError(f"data.curriculum: expected phases with increasing from_step, got {', '.join(map(str, steps))}")
 
 
 def _check_balance(config: Config) -> None:

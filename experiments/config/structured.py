@@ -123,8 +123,9 @@ def describe(error: OmegaConfBaseException | TypeError) -> str:
     """Return the key and the first line of an OmegaConf error. The other lines repeat the key and type."""
     if isinstance(error, TypeError):
         return "expected a list and got a mapping, or vice versa"
-    key = f"{error.full_key}: " if error.full_key else ""
-    return key + str(error).splitlines()[0]
+    key, message = f"{error.full_key}: " if error.full_key else "", str(error).splitlines()[0]
+    is_null = "is not Optional" in message or "NoneType is not a subclass" in message
+    return key + ("expected a value, got null" if is_null else message)
 
 
 def keys(schema: type, prefix: str = "") -> Iterator[str]:
@@ -136,7 +137,8 @@ def keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 def refuse_unknown_keys(schema: type, node: Any, source: str, prefix: str = "", others: Sequence[str] = ()) -> None:
-    """Raise UserError if a key at any depth is not in the schema (a dataclass), or a value replaces a section.
+    """Raise UserError if a key at any depth is not in the schema (a dataclass), or a value of another kind replaces a
+    section, a list or a mapping.
 
     others: words to suggest that are not keys of the schema.
     """
@@ -155,12 +157,17 @@ def _unknown_keys(hint: Any, node: Any, prefix: str) -> Iterator[tuple[str, str,
     """
     item = typing.get_args(hint)[-1] if typing.get_args(hint) else None
     hints = typing.get_type_hints(hint) if dataclasses.is_dataclass(hint) else {}
+    key, kind = prefix.removesuffix("."), typing.get_origin(hint)
+    if node is not None and kind is list and not isinstance(node, ListConfig):
+        fits = isinstance(node, DictConfig) == dataclasses.is_dataclass(item)
+        raise UserError(f"{key}: expected a list, " + (f"write {key}=[{node}]" if fits else f"got {node!r}"))
+    if node is not None and kind is dict and not isinstance(node, DictConfig):
+        raise UserError(f"{key}: expected a mapping, got {node!r}")
     if isinstance(node, ListConfig) and dataclasses.is_dataclass(item):
         children = dict.fromkeys(range(len(node)), item)
     elif not isinstance(node, DictConfig):
         if hints and node is not None:
-            section = prefix.removesuffix(".")
-            raise UserError(f"{section}: expected keys below it ({', '.join(hints)}), got {node!r}")
+            raise UserError(f"{key}: expected keys below it ({', '.join(hints)}), got {node!r}")
         return
     elif hints:
         children = {key: hints.get(key) for key in node}

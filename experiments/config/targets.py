@@ -66,7 +66,8 @@ def check_targets(config: Config) -> None:
             key = f"mining.{kind}s"
             if name not in config.tasks:
                 raise unknown(f"task in {key}", name, config.tasks)
-            nodes[name] = check_target(f"{key}.{name}", node, base, provided, packages=allowed) if node else None
+            if node is not None:
+                nodes[name] = check_target(f"{key}.{name}", node, base, provided, packages=allowed)
     check_readers(config)
 
 
@@ -149,9 +150,8 @@ def _check_arguments(key: str, cls: type, arguments: Mapping[str, Any], provided
     for name in arguments:
         if name not in parameters and VAR_KEYWORD not in variadic:
             hint = did_you_mean(str(name), parameters)
-            raise UserError(
-                f"{key}: {cls.__name__} has no argument {name!r}; {hint}{expected_one_of(parameters, hint)}"
-            )
+            expected = expected_one_of(parameters, hint) if parameters else "expected no arguments"
+            raise UserError(f"{key}: {cls.__name__} has no argument {name!r}; {hint}{expected}")
     for name, parameter in parameters.items():
         if parameter.default is parameter.empty and name not in arguments:
             raise UserError(f"{key}: {cls.__name__} needs the argument {name!r}")
