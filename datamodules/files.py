@@ -8,6 +8,7 @@ import fcntl
 import glob
 import json
 import os
+import re
 import shutil
 import socket
 import stat
@@ -194,6 +195,20 @@ def regular(path: Path, longest: int | None = None) -> Path:
     if longest is not None and status.st_size > longest:
         raise OSError(errno.EFBIG, f"expected at most {longest:,} bytes, got {status.st_size:,}", str(path))
     return path
+
+
+def refuse_other_file(path: Path, start: bytes, content: str) -> None:
+    """Raise UserError if an output would replace a file of other content, such as one of the user's papers.
+
+    start: pattern with which a file of this kind starts. content: the kind, for the message.
+    """
+    if path.is_file() and (head := _head(path)) and not re.match(start, head):
+        raise UserError(f"output: {path} exists and is not {content}; choose another file, or delete this one")
+
+
+def _head(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1000)
 
 
 # Errors that numpy raises for damaged array headers, besides OSError and ValueError.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from datamodules.files import write_json
+from datamodules.files import refuse_other_file, write_json
 from datamodules.leakage import WAYS
 from datamodules.options import option
 from datamodules.records import UserError, explained
@@ -43,6 +43,7 @@ def main(arguments: Sequence[str]) -> None:
     folders = [str(Path(folder).resolve()) for folder in options.beir]
     digits = hashlib.blake2b(repr((digest(config), folders)).encode(), digest_size=3).hexdigest()
     output = options.output or Path("audits") / f"{config.experiment}-{config.scale}-{digits}.json"
+    refuse_other_file(output, rb'\{\s+"trained"', "the report of an audit")
     data = build_data(config)
     started = time.perf_counter()
     leaks = find_leaks(data.tasks, options.beir, corpora=True)

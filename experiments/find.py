@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from datamodules.files import refuse_other_file
 from datamodules.options import option
 from datamodules.readers.io import find_optional_file
 from datamodules.readers.rows import BadLines
@@ -60,6 +61,8 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("embeddings, index: set exactly one, to the output of make embed or make index")
     if options.queries and not options.output:
         raise UserError("output: queries= needs a file for the rankings")
+    if options.output:
+        refuse_other_file(options.output, rb"\S+ Q0 ", "a ranking in TREC format")
     queries = _read_queries(options.queries) if options.queries else [Document("query", "", options.query)]
     result = _search_index(options, queries) if options.index else _search_embeddings(options, queries)
     if options.output:

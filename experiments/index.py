@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from datamodules.files import refuse_other_file
 from datamodules.options import option
 from datamodules.records import UserError, explained
 from experiments.config.arguments import parse
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str]) -> None:
     output = options.output
     if output.suffix == ".npy" or output.is_dir():
         raise UserError(f"output: expected a file for the index, such as papers.faiss, got {output}")
+    refuse_other_file(output, rb"I\w{3}", "a FAISS index")
+    refuse_other_file(Path(f"{output}.json"), rb'\{"model": ', "the metadata of an index")
     matrix = open_matrix(options.embeddings, options.task)
     vectors = matrix.vectors
     shape = options.resolved(vectors.count, vectors[0].shape[1])

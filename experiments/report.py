@@ -9,7 +9,7 @@ from pathlib import Path
 
 from jinja2 import UndefinedError
 
-from datamodules.files import write_json, write_text
+from datamodules.files import refuse_other_file, write_json, write_text
 from datamodules.options import option
 from datamodules.records import UserError, explained
 from experiments.config.arguments import parse
@@ -40,6 +40,9 @@ class ReportOptions:
 
 def main(arguments: Sequence[str]) -> None:
     options = parse(ReportOptions, arguments)
+    if options.output:
+        refuse_other_file(options.output, rb"\s*<!doctype html", "an HTML page")
+        refuse_other_file(options.output.with_name(COMPUTED), rb'\{\s+"last_step"', "a file of a report")
     run = RunFiles(options.run)
     output = options.output or run.path / "report.html"
     try:

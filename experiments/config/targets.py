@@ -244,6 +244,8 @@ def instantiate(node: Mapping[str, Any], key: str, /, **provided: Any) -> Any:
         return _checked_class(node)(**arguments, **provided)
     except UserError as error:
         subject = re.match(r"\w*", str(error))[0]
+        if subject == _checked_class(node).__name__:  # two collections may have the same reader
+            raise UserError(f"{key}: {error}") from error
         if subject in provided or not accepts(node, subject):
             raise
         raise UserError(f"{key}.{error}") from error

@@ -7,7 +7,7 @@ import pytest
 from datamodules.files import read_json, read_rows
 from datamodules.readers.beir import write_beir
 from datamodules.records import UserError
-from experiments import mine, report, runs
+from experiments import audit, find, index, mine, report, runs
 from experiments.download.sources import Sources
 from experiments.reporting.run_files import RunFiles
 from experiments.results.results import read_results
@@ -47,6 +47,27 @@ def test_read_json_returns_the_expected_type_or_raises_user_error(tmp_path, cont
     result = read_json(path, expected)
     assert isinstance(result, expected if isinstance(expected, type) else dict)
     assert isinstance(expected, type) or all(isinstance(result[key], kind) for key, kind in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments", "output", "replaced"),
+    [
+        (find, ["embeddings=vectors", "queries=papers.jsonl"], "papers.jsonl", "papers.jsonl"),
+        (find, ["embeddings=vectors", "query=words"], "library.bib", "library.bib"),
+        (index, ["embeddings=vectors"], "library.bib", "library.bib"),
+        (index, ["embeddings=vectors"], "papers", "papers.json"),
+        (report, ["RUN=run"], "library.bib", "library.bib"),
+        (report, ["RUN=run"], "page.html", "report.json"),
+        (audit, ["moe"], "papers.json", "papers.json"),
+    ],
+)
+def test_output_never_replaces_a_file_of_another_kind(tmp_path, monkeypatch, command, arguments, output, replaced):
+    """make find queries=papers.jsonl output=papers.jsonl replaced the papers with their ranking."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / replaced).write_text('{"id": "p1", "title": "words"}\n')
+    message = message_of(command.main, [*arguments, f"output={output}"])
+    assert message.startswith(f"output: {replaced} exists and is not ")
+    assert (tmp_path / replaced).read_text() == '{"id": "p1", "title": "words"}\n'
 
 
 @pytest.fixture(scope="module")

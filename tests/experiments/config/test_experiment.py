@@ -481,6 +481,9 @@ def test_errors_about_arguments_of_a_node_name_its_key():
     )
     with pytest.raises(UserError, match=r"^task\.search\.data\.mine\.dev_percent: expected"):
         instantiate(reader, "task.search.data.mine", folder="mine")
+    reader = check_target("here", {"_target_": "datamodules.readers.dpr.DprReader"})
+    with pytest.raises(UserError, match=r"^task\.search\.data\.mine: DprReader: expected a file"):
+        instantiate(reader, "task.search.data.mine")
     loss = check_target("here", {"_target_": "lightning_modules.auxiliary.group.GroupLoss", "weight": 0.5})
     with pytest.raises(UserError, match=r"^weight: expected"):  # an argument of the project's own
         instantiate({"_target_": loss["_target_"]}, "losses.group", weight=-1)
