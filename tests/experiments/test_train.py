@@ -780,7 +780,7 @@ def test_expert_decay_without_experts_is_refused_before_training(tmp_path):
         (["data.schedule=weights"], "data.weights: expected a weight for each of classification"),
         (["data.weights={search: 1}"], "data.weights: only the schedule 'weights' uses them"),
         (
-            ["data.curriculum=[{from_step: 0, weights: {search: 1}}]"],
+            ["data.curriculum=[{from_step: 1, weights: {search: 1}}]"],
             r"data.curriculum\[0\].weights: expected a weight",
         ),
         (["data.curriculum=[{weights: {search: 1}}]"], "no value for data.curriculum"),
