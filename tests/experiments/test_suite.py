@@ -239,7 +239,7 @@ GOOD = """
             "benchmarks: {mine: 3}",
             "benchmark 'mine': expected a mapping under its name and under defaults, got a value",
         ),
-        (f"defaults: 3\nbenchmarks:\n  mine:{GOOD}", "benchmark 'mine': expected a mapping under its name"),
+        (f"defaults: 3\nbenchmarks:\n  mine:{GOOD}", "defaults: expected a mapping, got 3"),
         (f"benchmarks:\n  1.5:{GOOD}", "benchmark 1.5: expected a name of a to z"),
         (f"benchmark:\n  mine:{GOOD}", "expected the key benchmarks"),
         (f"sources: x\nbenchmarks:\n  mine:{GOOD}", "unknown key sources; did you mean source"),
