@@ -52,6 +52,7 @@ CHANGEABLE = (
     *("trainer.max_steps", "trainer.max_epochs", "trainer.accelerator", "trainer.devices", "trainer.num_nodes"),
     *("trainer.log_every_n_steps", "trainer.strategy", "trainer.timeout", "trainer.peak_tflops", "trainer.compile"),
 )
+WITHOUT_MANIFEST = "Delete it to use the run without a check that its data are unchanged."
 PACKAGES = ("torch", "lightning", "transformers", "omegaconf", "wandb", "faiss-cpu", "faiss-gpu", "bm25s", "numpy")
 
 
@@ -314,8 +315,8 @@ def manifest_of(run: Path) -> dict[str, Any]:
     path = run / "manifest.json"
     if not path.is_file():
         return {}
-    manifest = {"attempts": [], "data": {}, "versions": {}, "parameters": 0} | read_json(path)
-    with damage_explained(path, "a manifest of a run"):
+    manifest = {"attempts": [], "data": {}, "versions": {}, "parameters": 0} | read_json(path, hint=WITHOUT_MANIFEST)
+    with damage_explained(path, "a manifest of a run", WITHOUT_MANIFEST):
         for attempt in manifest["attempts"]:
             float(attempt["seconds"] or 0), int(attempt.get("devices", 1))
         for collection in manifest["data"].values():

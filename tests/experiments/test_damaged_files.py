@@ -128,7 +128,7 @@ def state_of(folder):
     [
         ("checkpoints/merged.ckpt", ""),
         ("results.json", "Delete it"),
-        ("manifest.json", "Delete it"),
+        ("manifest.json", "Delete it to use the run without a check that its data are unchanged"),
         ("config.yaml", "--cfg"),
     ],
 )
